@@ -1,0 +1,35 @@
+"""The "espresso" block that users may write into their DeepSpeed JSON config: what to plan with. All keys have defaults."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from .record import Record
+
+
+class CompressorSettings(Record):
+    """Which codec, how strong, and its error memory."""
+
+    name: str = Field("topk", description="name in the codec registry")
+    density: float | None = Field(None, gt=0, le=1, description="sparsifiers: share of elements kept")
+    bits: PositiveInt | None = Field(None, le=8, description="quantizers: bits per element")
+    feedback: Literal["ef", "none"] = "ef"
+    seed: int = 0
+
+
+class EspressoBlock(Record):
+    """The block without its plan. `plan`, written by `espresso plan`, is kept raw here and read by `core.plan`."""
+
+    enabled: bool = True
+    compressor: CompressorSettings = CompressorSettings()
+    timeout_s: PositiveFloat = Field(600.0, description="deadline of every wait for other ranks")
+    plan: dict | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _object(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError('the "espresso" block is a JSON object')
+        return value

@@ -1,0 +1,139 @@
+"""The plan: one decision per tensor, what it was made for and what it promises. Lives in a DeepSpeed JSON config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+
+from .config import CompressorSettings, EspressoBlock
+from .errors import FileError
+from .option import Option
+from .record import FileRecord, Record, fingerprint, load_json, write_json
+
+BLOCK = "espresso"
+
+
+class TensorDecision(Record):
+    """What happens to one tensor. Tensors of one `unit` follow each other, share an option and travel as one buffer."""
+
+    name: str
+    shape: tuple[NonNegativeInt, ...]
+    dtype: str
+    numel: PositiveInt
+    option: str
+    unit: NonNegativeInt
+    firings: PositiveInt = 1
+
+    @field_validator("option")
+    @classmethod
+    def _valid(cls, text: str) -> str:
+        try:
+            Option.parse(text)
+        except FileError as error:
+            raise ValueError(str(error)) from None
+        return text
+
+
+class MadeFor(Record):
+    """What the plan holds for; a run that differs is stopped at start."""
+
+    nodes: PositiveInt
+    ranks_per_node: PositiveInt
+    model: str = Field(description="fingerprint of parameter names, shapes and dtypes")
+    config: dict[str, str | int | float | bool] = Field(description="DeepSpeed settings that the times depend on")
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_per_node
+
+
+class Prediction(Record):
+    """Predicted seconds per optimizer step, and bytes that one rank sends in it."""
+
+    compute_s: NonNegativeFloat = Field(description="without any synchronisation: the upper bound")
+    stock_s: NonNegativeFloat = Field(description="DeepSpeed as it is: uncompressed, after backward")
+    uncompressed_s: NonNegativeFloat = Field(description="uncompressed, overlapped with backward")
+    planned_s: NonNegativeFloat
+    uncompressed_bytes: NonNegativeInt
+    planned_bytes: NonNegativeInt
+
+
+class Plan(FileRecord):
+    """Decisions in the order on the wire. `seal` is the hash of all else: an edited plan is noticed."""
+
+    KIND: ClassVar[str] = "plan"
+    MADE_BY: ClassVar[str] = "espresso plan"
+
+    schema_version: Literal[1] = 1
+    made_by: str
+    made_for: MadeFor
+    profiles: dict[str, str] = Field(description="fingerprints of the trace, cluster and compressor profiles")
+    compressor: CompressorSettings
+    predicted: Prediction
+    tensors: tuple[TensorDecision, ...]
+    seal: str = ""
+
+    def sealed(self) -> Plan:
+        """The same plan with its seal set to the hash of all other fields."""
+        return self.model_copy(update={"seal": self._hash()})
+
+    def _hash(self) -> str:
+        return fingerprint(self.model_dump(mode="json", exclude={"seal"}))
+
+    def units(self) -> list[tuple[TensorDecision, ...]]:
+        """Tensors grouped by unit, in the order on the wire."""
+        groups: dict[int, list[TensorDecision]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(tensor.unit, []).append(tensor)
+        return [tuple(group) for group in groups.values()]
+
+    def check(self, where: str) -> None:
+        """Raise FileError at a broken seal, a name that stands twice, or a unit that is split or mixed."""
+        if self.seal != self._hash():
+            raise FileError(
+                f"{where}: the plan was edited after it was made (seal {self.seal!r}, content {self._hash()!r}); "
+                f"make it again with `espresso plan`, or accept the edit with `espresso seal {where}`"
+            )
+        names = [tensor.name for tensor in self.tensors]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise FileError(f"{where}: tensor {twice!r} stands twice in the plan")
+        for before, after in zip(self.tensors, self.tensors[1:], strict=False):
+            if after.unit not in (before.unit, before.unit + 1):
+                raise FileError(f"{where}: tensor {after.name!r} has unit {after.unit} after unit {before.unit}")
+            if after.unit == before.unit and (after.option, after.dtype) != (before.option, before.dtype):
+                raise FileError(f"{where}: tensors {before.name!r} and {after.name!r} share unit {after.unit} but not option and dtype")
+
+
+def read_block(ds_config: dict[str, Any], where: str) -> EspressoBlock | None:
+    """The config's "espresso" block, or None where there is none. Raises FileError."""
+    return EspressoBlock.read(ds_config[BLOCK], f"{where}: {BLOCK}") if BLOCK in ds_config else None
+
+
+def plan_of(block: EspressoBlock, where: str, check_seal: bool = True) -> Plan:
+    """The plan in a block. Raises FileError where there is none or it is not sound."""
+    if block.plan is None:
+        raise FileError(f'{where}: the "espresso" block has no plan yet; make one with `espresso prepare --ds-config {where}`')
+    plan = Plan.from_json(block.plan, where)
+    if check_seal:
+        plan.check(where)
+    return plan
+
+
+def load_plan_file(path: str | Path) -> tuple[dict[str, Any], EspressoBlock, Plan]:
+    """Read plan.json: the DeepSpeed config, its espresso block and the plan in it. Raises FileError."""
+    config = load_json(path, Plan.KIND, "espresso prepare")
+    block = read_block(config, str(path)) if isinstance(config, dict) else None
+    if block is None:
+        raise FileError(f'{path}: holds no "espresso" block; make a plan with `espresso prepare --ds-config {path} -o plan.json`')
+    return config, block, plan_of(block, str(path))
+
+
+def save_plan_file(path: str | Path, ds_config: dict[str, Any], block: EspressoBlock, plan: Plan) -> None:
+    """Write the DeepSpeed config, untouched but for its espresso block, with the sealed plan in it; atomically."""
+    written = block.model_dump(mode="json", exclude_none=True)
+    written["plan"] = json.loads(plan.sealed().model_dump_json())
+    write_json(path, {**ds_config, BLOCK: written})

@@ -1,0 +1,135 @@
+"""What was measured of the model, the cluster and the codecs. Times in seconds, sizes in bytes or elements."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from .config import CompressorSettings
+from .option import Device, Level, Task
+from .record import FileRecord, Record, fingerprint
+
+
+class TracedTensor(Record):
+    """One trainable parameter, as seen by the gradient hooks of an uncompressed run."""
+
+    name: str
+    shape: tuple[NonNegativeInt, ...]
+    dtype: str = Field(description="torch's name of the gradient's dtype, such as float32")
+    numel: PositiveInt
+    ready_s: NonNegativeFloat = Field(description="from the start of backward until the gradient is complete; mean over steps")
+    firings: PositiveInt = Field(1, description="how often its hook fires in one backward (more than 1: reentrant checkpointing)")
+
+
+class ModelTrace(FileRecord):
+    """Gradient sizes and ready times of one model under one config, synchronisation left out (E 4.4)."""
+
+    KIND: ClassVar[str] = "model trace"
+    MADE_BY: ClassVar[str] = "espresso trace"
+
+    schema_version: Literal[1] = 1
+    model: str = Field(description="class or name, for people")
+    device: Literal["cpu", "cuda"] = Field(description="where the model computes")
+    world_size: PositiveInt
+    ranks_per_node: PositiveInt
+    threads: PositiveInt = Field(description="compute threads of each rank")
+    cores: PositiveInt = Field(description="cores of one host")
+    steps: PositiveInt = Field(description="optimizer steps measured")
+    config: dict[str, str | int | float | bool] = Field(description="resolved DeepSpeed settings that the times depend on")
+    wire_dtype: str = Field(description="dtype in which DeepSpeed would reduce gradients, such as float32")
+    forward_s: NonNegativeFloat = Field(
+        description="everything before the backward that is synchronised: data, forward, earlier micro-batches"
+    )
+    backward_s: PositiveFloat = Field(description="duration of the backward that is synchronised")
+    after_s: NonNegativeFloat = Field(description="clipping, optimizer and all else after backward")
+    spread: NonNegativeFloat = Field(0.0, description="interquartile range of the step time over its median")
+    tensors: tuple[TracedTensor, ...] = Field(description="in the order in which gradients become ready")
+
+    @property
+    def compute_s(self) -> float:
+        """Step time with no synchronisation at all: the upper bound of what compression can reach."""
+        return self.forward_s + self.backward_s + self.after_s
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Hash of parameter names, shapes and dtypes, whatever their order."""
+        return model_fingerprint((t.name, t.shape, t.dtype) for t in self.tensors)
+
+
+class RoutineCost(Record):
+    """Measured seconds of one routine, and the alpha-beta line through them.
+
+    `nbytes` is what one rank puts in: the whole tensor for AR, RS, RD and BC, one payload for AG and GA, all rows for A2A.
+    """
+
+    routine: Task
+    level: Level
+    ranks: PositiveInt
+    nbytes: tuple[PositiveInt, ...]
+    seconds: tuple[PositiveFloat, ...] = Field(description="medians, one for each of nbytes")
+    alpha_s: NonNegativeFloat
+    beta_s_per_byte: NonNegativeFloat
+    fit_error: NonNegativeFloat = Field(description="median of |fit - measured| / measured")
+
+
+class Link(Record):
+    """Point-to-point latency and inverse bandwidth between two ranks, by alpha-beta fit of send/recv."""
+
+    alpha_s: NonNegativeFloat
+    beta_s_per_byte: NonNegativeFloat
+    fit_error: NonNegativeFloat
+
+
+class ClusterProfile(FileRecord):
+    """Links and collective routines of a cluster, measured with the backend that training uses."""
+
+    KIND: ClassVar[str] = "cluster profile"
+    MADE_BY: ClassVar[str] = "espresso profile cluster"
+
+    schema_version: Literal[1] = 1
+    backend: str
+    hosts: tuple[str, ...]
+    ranks_per_node: PositiveInt
+    links: dict[Level, Link] = Field(description="intra where a node has two ranks, inter where there are two nodes")
+    routines: tuple[RoutineCost, ...]
+
+    @property
+    def nodes(self) -> int:
+        """Number of hosts."""
+        return len(self.hosts)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_per_node
+
+
+class CodecTimes(Record):
+    """Encode and decode seconds by tensor size on one device; encoding includes error feedback."""
+
+    device: Device
+    numel: tuple[PositiveInt, ...]
+    payload_nbytes: tuple[PositiveInt, ...]
+    encode_s: tuple[PositiveFloat, ...]
+    decode_s: tuple[PositiveFloat, ...] = Field(description="decode one payload and add it to the sum")
+    contention: NonNegativeFloat = Field(
+        description="seconds by which one second of codec work delays the computing that runs at the same time"
+    )
+
+
+class CompressorProfile(FileRecord):
+    """What one codec costs on this cluster's hosts."""
+
+    KIND: ClassVar[str] = "compressor profile"
+    MADE_BY: ClassVar[str] = "espresso profile compressors"
+
+    schema_version: Literal[1] = 1
+    compressor: CompressorSettings
+    summable: bool = Field(description="whether payloads may be summed by an allreduce")
+    devices: tuple[CodecTimes, ...]
+
+
+def model_fingerprint(tensors) -> str:  # noqa: ANN001 - any iterable of (name, shape, dtype)
+    """Hash of (name, shape, dtype name) triples, independent of their order."""
+    return fingerprint(sorted([name, list(shape), dtype] for name, shape, dtype in tensors))
