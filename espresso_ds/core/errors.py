@@ -28,6 +28,6 @@ class SyncError(EspressoError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the known name closest to `name`, or the list of known names."""
-    known = sorted(known)
+    known = sorted(map(str, known))
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

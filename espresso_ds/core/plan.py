@@ -26,6 +26,8 @@ class TensorDecision(Record):
     option: str
     unit: NonNegativeInt
     firings: PositiveInt = 1
+    saves_s: float = Field(0.0, description="predicted step time lost if this tensor's unit were sent uncompressed instead")
+    why: str = Field("", description="the planner's reason, for people")
 
     @field_validator("option")
     @classmethod
