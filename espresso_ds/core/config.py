@@ -18,6 +18,12 @@ class CompressorSettings(Record):
     feedback: Literal["ef", "none"] = "ef"
     seed: int = 0
 
+    @property
+    def label(self) -> str:
+        """Short text for people, such as `topk density=0.01, ef`."""
+        strength = [f"{key}={value:g}" for key, value in (("density", self.density), ("bits", self.bits)) if value is not None]
+        return f"{' '.join([self.name, *strength])}, {'error feedback' if self.feedback == 'ef' else 'no error feedback'}"
+
 
 class EspressoBlock(Record):
     """The block without its plan. `plan`, written by `espresso plan`, is kept raw here and read by `core.plan`."""

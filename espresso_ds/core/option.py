@@ -113,6 +113,14 @@ class Option:
         return any(action.task is Task.COMPRESS for action in self.actions)
 
     @cached_property
+    def sums_payloads(self) -> bool:
+        """Whether an allreduce adds up payloads, which few codecs allow."""
+        return any(
+            before.task is Task.COMPRESS and after.task is Task.ALLREDUCE
+            for before, after in zip(self.actions, self.actions[1:], strict=False)
+        )
+
+    @cached_property
     def levels(self) -> frozenset[Level]:
         """The levels whose groups the option needs."""
         return frozenset(action.at for action in self.actions if isinstance(action.at, Level))

@@ -107,7 +107,9 @@ class Plan(FileRecord):
             if after.unit not in (before.unit, before.unit + 1):
                 raise FileError(f"{where}: tensor {after.name!r} has unit {after.unit} after unit {before.unit}")
             if after.unit == before.unit and (after.option, after.dtype) != (before.option, before.dtype):
-                raise FileError(f"{where}: tensors {before.name!r} and {after.name!r} share unit {after.unit} but not option and dtype")
+                raise FileError(
+                    f"{where}: tensors {before.name!r} and {after.name!r} share unit {after.unit} but not option and dtype"
+                )
 
 
 def read_block(ds_config: dict[str, Any], where: str) -> EspressoBlock | None:

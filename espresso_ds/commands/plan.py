@@ -1,0 +1,101 @@
+"""`espresso plan` and `espresso seal`: from profiles to plan.json, the user's DeepSpeed config with every decision in it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..core.config import EspressoBlock
+from ..core.errors import FileError
+from ..core.plan import BLOCK, Plan, load_json, plan_of, read_block, save_plan_file
+from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
+from ..planner.build import make_plan
+from .job import Report, Reporter
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declare the commands' arguments."""
+    parser = commands.add_parser("plan", help="decide from profiles, and write plan.json", description=__doc__)
+    parser.add_argument("--ds-config", type=Path, required=True, help="the DeepSpeed JSON config of the training")
+    parser.add_argument("--trace", type=Path, required=True)
+    parser.add_argument("--cluster", type=Path, required=True)
+    parser.add_argument("--compressors", type=Path, required=True)
+    add_plan_arguments(parser)
+    parser.set_defaults(run=run)
+    seal = commands.add_parser("seal", help="accept a plan that was edited by hand")
+    seal.add_argument("plan", type=Path)
+    seal.set_defaults(run=run_seal)
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of planning itself."""
+    parser.add_argument("--uncompressed", action="store_true", help="no compression: only overlap with backward and fuse")
+    parser.add_argument("-o", "--out", type=Path, default=Path("plan.json"), help="(default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan and write the file."""
+    config, block = read_ds_config(args.ds_config)
+    profiles = ModelTrace.load(args.trace), ClusterProfile.load(args.cluster), CompressorProfile.load(args.compressors)
+    with Reporter() as report:
+        plan = write_plan(args.out, config, block, *profiles, uncompressed=args.uncompressed, report=report)
+    print(f"{args.out}: {describe(plan)}")
+
+
+def run_seal(args: argparse.Namespace) -> None:
+    """Check an edited plan in all but its seal, and seal it anew."""
+    config, block = read_ds_config(args.plan)
+    plan = plan_of(block, str(args.plan), check_seal=False).sealed()
+    plan.check(str(args.plan))
+    save_plan_file(args.plan, config, block, plan)
+    print(f"{args.plan}: sealed; its predicted times are those of the plan before the edit")
+
+
+def read_ds_config(path: Path) -> tuple[dict[str, Any], EspressoBlock]:
+    """The user's config and its espresso block, or the block's defaults. Raises FileError."""
+    config = load_json(path, "DeepSpeed config", "your DeepSpeed script's documentation")
+    if not isinstance(config, dict):
+        raise FileError(f"{path}: a DeepSpeed config is a JSON object, not {type(config).__name__}")
+    return config, read_block(config, str(path)) or EspressoBlock()
+
+
+def write_plan(
+    out: Path,
+    config: dict[str, Any],
+    block: EspressoBlock,
+    trace: ModelTrace,
+    cluster: ClusterProfile,
+    compressors: CompressorProfile,
+    *,
+    uncompressed: bool,
+    report: Report,
+) -> Plan:
+    """Make the plan and write it into a copy of the config. Raises MismatchError, FileError."""
+    plan = make_plan(
+        trace,
+        cluster,
+        compressors,
+        made_by=f"espresso_ds {__version__}",
+        uncompressed=uncompressed,
+        progress=lambda stage, done, total: report(done / max(1, total), f"{stage}, unit {done} of {total}"),
+    )
+    save_plan_file(out, {key: value for key, value in config.items() if key != BLOCK}, block, plan)
+    return plan
+
+
+def describe(plan: Plan) -> str:
+    """What a plan promises, in a line."""
+    predicted = plan.predicted
+    compressed = sum("C." in tensor.option for tensor in plan.tensors)
+    gain = predicted.stock_s / predicted.planned_s
+    if not compressed:
+        return (
+            f"compression does not pay here: nothing compressed, step {predicted.planned_s:.3f} s by overlap alone "
+            f"({gain:.2f}x DeepSpeed's {predicted.stock_s:.3f} s)"
+        )
+    return (
+        f"{compressed} of {len(plan.tensors)} tensors compressed; expected step {predicted.planned_s:.3f} s instead of {predicted.stock_s:.3f} s "
+        f"({gain:.2f}x), {predicted.compute_s:.3f} s without any synchronisation"
+    )

@@ -1,0 +1,105 @@
+"""`espresso profile cluster` and `espresso profile compressors`: measured over MPI, with the backend that training uses."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..core.config import CompressorSettings
+from ..core.profile import ClusterProfile, CompressorProfile
+from .job import Report, Reporter, run_job
+from .launching import add_cluster_arguments, ranks_command
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declare the command's arguments."""
+    parser = commands.add_parser("profile", help="measure the cluster or a compressor", description=__doc__)
+    kinds = parser.add_subparsers(required=True, metavar="cluster|compressors")
+    cluster = kinds.add_parser("cluster", help="latency and bandwidth of links and collective routines")
+    add_cluster_arguments(cluster)
+    cluster.add_argument("-o", "--out", type=Path, default=Path("cluster.json"), help="(default: %(default)s)")
+    cluster.set_defaults(run=run_cluster)
+    compressors = kinds.add_parser("compressors", help="encode and decode seconds and payload bytes of a codec")
+    add_cluster_arguments(compressors)
+    add_compressor_arguments(compressors)
+    compressors.add_argument("--trace", type=Path, help="measure at the tensor sizes of this trace as well")
+    compressors.add_argument("-o", "--out", type=Path, default=Path("compressors.json"), help="(default: %(default)s)")
+    compressors.set_defaults(run=run_compressors)
+
+
+def add_compressor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which codec; what is not given comes from the config's espresso block, or else the codec's defaults."""
+    group = parser.add_argument_group("compressor")
+    group.add_argument(
+        "--compressor", metavar="NAME", help="codec, such as topk, randomk, efsignsgd, quantize, fp16, bf16 (default: topk)"
+    )
+    group.add_argument("--density", type=float, help="sparsifiers: share of elements kept")
+    group.add_argument("--bits", type=int, help="quantizers: bits per element")
+    group.add_argument("--feedback", choices=["ef", "none"], help="error memory (default: ef)")
+
+
+def compressor_settings(args: argparse.Namespace, base: CompressorSettings) -> CompressorSettings:
+    """The settings from the command line over those of `base`. Raises FileError at a value out of range."""
+    given = {
+        key: value
+        for key, value in (("name", args.compressor), ("density", args.density), ("bits", args.bits), ("feedback", args.feedback))
+        if value is not None
+    }
+    kept = {"feedback": base.feedback, "seed": base.seed} if args.compressor else base.model_dump()
+    return CompressorSettings.read({**kept, **given}, "compressor on the command line")
+
+
+def run_cluster(args: argparse.Namespace) -> None:
+    """Measure and write the file."""
+    with Reporter() as report:
+        profile = profile_cluster(args, args.out, report)
+    print(f"{args.out}: {describe_cluster(profile)}")
+
+
+def run_compressors(args: argparse.Namespace) -> None:
+    """Measure and write the file."""
+    settings = compressor_settings(args, CompressorSettings())
+    with Reporter() as report:
+        profile = profile_compressor(args, settings, args.trace, args.out, report)
+    print(f"{args.out}: {describe_compressor(profile)}")
+
+
+def profile_cluster(args: argparse.Namespace, out: Path, report: Report) -> ClusterProfile:
+    """Measure the cluster with one process per rank. Raises JobError, FileError, UnsupportedError."""
+    command = ranks_command(args, "espresso_ds.profiler.cluster", "-o", str(out.resolve()))
+    run_job(command, out.with_suffix(".log"), report)
+    return ClusterProfile.load(out)
+
+
+def profile_compressor(
+    args: argparse.Namespace, settings: CompressorSettings, trace: Path | None, out: Path, report: Report
+) -> CompressorProfile:
+    """Measure a codec on all ranks at once, as they will run it. Raises JobError, FileError, UnsupportedError."""
+    arguments = ["-o", str(out.resolve()), "--compressor", settings.model_dump_json(exclude_none=True)]
+    if trace is not None:
+        arguments += ["--trace", str(trace.resolve())]
+    run_job(ranks_command(args, "espresso_ds.profiler.compressors_mpi", *arguments), out.with_suffix(".log"), report)
+    return CompressorProfile.load(out)
+
+
+def describe_cluster(profile: ClusterProfile) -> str:
+    """One line about a cluster profile."""
+    links = ", ".join(
+        f"{level} {link.alpha_s * 1e3:.3g} ms, {8e-6 / link.beta_s_per_byte:.4g} Mbit/s"
+        if link.beta_s_per_byte
+        else f"{level} {link.alpha_s * 1e3:.3g} ms"
+        for level, link in profile.links.items()
+    )
+    return f"{profile.nodes} hosts x {profile.ranks_per_node} ranks over {profile.backend}: {links}"
+
+
+def describe_compressor(profile: CompressorProfile) -> str:
+    """One line about a compressor profile."""
+    parts = []
+    for times in profile.devices:
+        nbytes = 4 * times.numel[-1]
+        parts.append(
+            f"{times.device}: {nbytes / times.encode_s[-1] / 1e9:.2f} GB/s encoding, {nbytes / times.decode_s[-1] / 1e9:.2f} GB/s decoding, "
+            f"payload {100 * times.payload_nbytes[-1] / nbytes:.2f}% (at {times.numel[-1]} elements), contention {times.contention:.2f}"
+        )
+    return f"{profile.compressor.label}: {'; '.join(parts)}"

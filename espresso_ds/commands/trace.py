@@ -1,0 +1,75 @@
+"""`espresso trace`: sizes and ready times of the gradients of the user's own script, or of a Hugging Face model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ..core.errors import FileError
+from ..core.profile import ModelTrace
+from .job import Report, Reporter, run_job
+from .launching import add_cluster_arguments, add_launch_arguments, script_command
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declare the command's arguments."""
+    parser = commands.add_parser("trace", help="time the gradients of a script or of a Hugging Face model", description=__doc__)
+    add_cluster_arguments(parser)
+    add_launch_arguments(parser)
+    parser.add_argument("-o", "--out", type=Path, default=Path("trace.json"), help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps to time, after 3 to warm up (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="(default: %(default)s)")
+    group = parser.add_argument_group("a Hugging Face model instead of a script (one process, random tokens, no DeepSpeed)")
+    group.add_argument("--hf-model", metavar="NAME", help="model directory, config.json or name")
+    group.add_argument("--batch", type=int, default=8, help="(default: %(default)s)")
+    group.add_argument("--sequence", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="train.py and its arguments")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trace and write the file."""
+    if args.hf_model:
+        from ..integrations.hf_trace import trace_hf_model
+
+        with Reporter() as report:
+            world, per_node = (args.ranks or 1, args.ranks or 1)
+            trace_hf_model(args.hf_model, args.batch, args.sequence, args.steps, world, per_node, report).save(args.out)
+    else:
+        with Reporter() as report:
+            trace_script(args, args.out, report)
+    print(f"{args.out}: {describe(ModelTrace.load(args.out))}")
+
+
+def trace_script(args: argparse.Namespace, out: Path, report: Report) -> ModelTrace:
+    """Run the script under the tracer until it has timed `args.steps` steps.
+
+    Raises:
+        FileError: no script is given, or it ended before the tracer had its steps.
+        JobError: the script failed.
+    """
+    if not args.script:
+        raise FileError("which script? give it and its arguments last: `espresso trace [options] train.py ARGS`")
+    if args.steps < 1:
+        raise FileError(f"--steps {args.steps}: time at least one step")
+    out.unlink(missing_ok=True)
+    log = out.with_suffix(".log")
+    env = {"ESPRESSO_TRACE_OUT": str(out.resolve()), "ESPRESSO_TRACE_STEPS": str(args.steps)}
+    for name in ("ESPRESSO_PLAN", "ESPRESSO_CONFIG"):
+        if name in os.environ:
+            env[name] = ""
+    run_job(script_command(args, args.script), log, report, env, args.timeout)
+    if not out.exists():
+        raise FileError(
+            f"the script ended without {args.steps + 3} optimizer steps on a DeepSpeed engine; train longer, or lower --steps; its output is in {log}"
+        )
+    return ModelTrace.load(out)
+
+
+def describe(trace: ModelTrace) -> str:
+    """One line about a trace."""
+    return (
+        f"{trace.model}, {len(trace.tensors)} tensors, {sum(t.numel for t in trace.tensors) / 1e6:.2f}M parameters on "
+        f"{trace.world_size} ranks: {trace.compute_s:.3f} s a step without synchronisation, {trace.backward_s:.3f} s of it the backward"
+    )

@@ -1,0 +1,116 @@
+"""Uniform quantization to 1..8 bits within the range of each block of 4096 elements, rounding to nearest (Seide et al., "1-Bit SGD",
+Interspeech 2014, for one bit; Alistarh et al., "QSGD", NeurIPS 2017, for blocks).
+
+decode = (q - zero) * step with q in 0..L, L = 2**bits - 1, step = (hi - lo) / L, zero = round(-lo / step), where lo <= 0 <= hi are the extremes of
+the block and zero. Zero is thus on the grid: rows of an embedding that got no gradient stay exactly zero (Adam would turn any noise there into
+full steps), and every element's error is at most min(|x|, step / 2), which makes the codec contractive for any input. Without it a block with one
+spike would get half a step of noise everywhere. One bit cannot hold both signs on such a grid, so there the two levels are the means of the
+negative and of the other elements, which is contractive too: |x - decode|^2 <= |x|^2 - (n_neg lo^2 + n_pos hi^2).
+Biased, deterministic. Blocks whose step underflows fp32's normal range decode to zero (error x, kept by the error memory).
+
+Payload: 8 ceil(n / 4096) + ceil(n / 8) bits bytes: steps (fp32), zeros (fp32), packed q. At 4 bits the blocks' 8 bytes are 1.6%; in longer
+blocks the range, and with it the error, follows the largest of more elements (and of more rows of a matrix), for less to save.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Codec
+from .bits import by_row, convert, pack, packed_nbytes, planes, scratch, spans, unpack
+
+BLOCK = 1 << 12
+_FP32 = torch.finfo(torch.float32)
+
+
+@dataclass(frozen=True)
+class Quantize(Codec):
+    """`bits` per element."""
+
+    bits: int
+
+    name = "quantize"
+    contractive = True
+
+    def payload_nbytes(self, numel: int) -> int:
+        """8 ceil(n / 4096) + ceil(n / 8) bits."""
+        return 8 * -(-numel // BLOCK) + packed_nbytes(numel, self.bits)
+
+    def encode(self, x: Tensor, payload: Tensor, seed: int, error: Tensor | None = None) -> None:
+        """Per span of whole blocks: range, levels, packed bits, error. A block with NaN or Inf gets a step that is not finite."""
+        steps, zeros, fields = self._fields(payload, x.numel())
+        for span, blocks, length in _rows(x):
+            rows = x[span].view(-1, length)
+            step, zero = _grid(rows, self.bits)
+            steps[blocks], zeros[blocks] = step, zero
+            inverse = torch.where(step == 0, 0.0, 1 / step)
+            levels = by_row("multiply", rows, inverse, out=scratch(x, rows.numel()).view_as(rows))
+            by_row("add", levels, zero, out=levels).round_().clamp_(0, 2**self.bits - 1)
+            whole = convert(levels.view(-1), scratch(x, rows.numel(), torch.uint8))
+            for shift, width, packed in fields:
+                part = whole if width == self.bits else (whole >> shift) & (2**width - 1)
+                pack(part, width, packed[_bytes(span, width)])
+            if error is not None:
+                by_row("subtract", levels, zero, out=levels)  # in the steps of decode_add, so that the error is exact
+                by_row("multiply", levels, step, out=levels)
+                torch.sub(x[span], levels.view(-1), out=error[span])
+
+    def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
+        """Add (q - zero) * step."""
+        steps, zeros, fields = self._fields(payload, out.numel())
+        for span, blocks, length in _rows(out):
+            numel = span.stop - span.start
+            whole = None
+            for shift, width, packed in fields:
+                part = unpack(packed[_bytes(span, width)], width, numel)
+                whole = part if whole is None else whole | (part << shift)
+            levels = convert(whole, scratch(out, numel)).view(-1, length)
+            by_row("subtract", levels, zeros[blocks], out=levels)
+            by_row("multiply", levels, steps[blocks], out=levels)
+            out[span].add_(levels.view(-1))
+
+    def _fields(self, payload: Tensor, numel: int) -> tuple[Tensor, Tensor, list[tuple[int, int, Tensor]]]:
+        head = 4 * -(-numel // BLOCK)
+        steps, zeros = payload[:head].view(torch.float32), payload[head : 2 * head].view(torch.float32)
+        return steps, zeros, planes(payload[2 * head :], numel, self.bits)
+
+
+def _grid(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Step and zero level (float32, shape (blocks,)) of each row of (blocks, length)."""
+    top = 2**bits - 1
+    if bits == 1:
+        lo, hi = _mean(rows.clamp(max=0), rows < 0), _mean(rows.clamp(min=0), rows >= 0)
+    else:
+        lo, hi = rows.amin(1).clamp_(max=0), rows.amax(1).clamp_(min=0)
+    step = hi / top - lo / top
+    # At the edge of fp32 a grid of full range would overflow in decoding: keep top * step finite, and values clip.
+    step = torch.where(
+        step.isinf() & hi.isfinite() & lo.isfinite() | (step > 0.9 * _FP32.max / top) & step.isfinite(),
+        0.9 * _FP32.max / top,
+        step,
+    )
+    step = torch.where(step < _FP32.tiny, 0.0, step)
+    zero = torch.where(step == 0, 0.0, -lo / step)
+    return step, zero.clamp_(0, top) if bits == 1 else zero.round_().clamp_(0, top)
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each row over `mask`, outside of which `values` are zero; zero for an empty mask."""
+    return (values.sum(1, dtype=torch.float64) / mask.sum(1).clamp_(min=1)).to(torch.float32)
+
+
+def _rows(x: Tensor) -> list[tuple[slice, slice, int]]:
+    """(elements, blocks, block length) of each span of whole blocks, then of the short last block."""
+    whole = x.numel() // BLOCK * BLOCK
+    rows = [(span, slice(span.start // BLOCK, span.stop // BLOCK), BLOCK) for span in spans(x, 0, whole)]
+    if whole < x.numel():
+        rows.append((slice(whole, x.numel()), slice(whole // BLOCK, whole // BLOCK + 1), x.numel() - whole))
+    return rows
+
+
+def _bytes(span: slice, width: int) -> slice:
+    """Where a span lies in a plane; spans start at multiples of eight."""
+    return slice(span.start * width // 8, packed_nbytes(span.stop, width))

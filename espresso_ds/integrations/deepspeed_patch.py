@@ -1,0 +1,112 @@
+"""What changes in DeepSpeed when it is imported: its launcher learns `--espresso_config`, and `initialize` applies the plan.
+
+Two places, both public: `deepspeed.launcher.runner.parse_args` and `deepspeed.initialize`. Standard library only, since every process
+that imports deepspeed comes through here; all else is imported when a plan is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+FLAG = "--espresso_config"
+ENV_PREFIX = "ESPRESSO"
+_LAUNCHER = "deepspeed.launcher.runner"
+
+
+def imported(module: ModuleType) -> None:
+    """Called once for each watched module, right after it has been executed."""
+    if module.__name__ == _LAUNCHER:
+        module.parse_args = _with_flag(module.parse_args)
+        if ENV_PREFIX not in module.EXPORT_ENVS:
+            module.EXPORT_ENVS.append(ENV_PREFIX)  # a list of prefixes of variables that reach the other hosts
+    elif module.__name__ == "deepspeed":
+        module.initialize = _with_plan(module.initialize)
+        if _is_launcher_main():
+            _patch_main_launcher()
+
+
+def _with_flag(parse_args: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
+    @functools.wraps(parse_args)
+    def parse(args: list[str] | None = None) -> argparse.Namespace:
+        with _FlagInParser():
+            parsed = parse_args(args)
+        _export_plan(parsed)
+        return parsed
+
+    return parse
+
+
+class _FlagInParser:
+    """While active, each ArgumentParser gets our flag before it parses: argparse itself then tells launcher flags from script flags."""
+
+    def __enter__(self) -> None:
+        self._original = original = argparse.ArgumentParser.parse_args
+
+        def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+            add_flag(parser)
+            return original(parser, *args, **kwargs)
+
+        argparse.ArgumentParser.parse_args = parse_args
+
+    def __exit__(self, *_: object) -> None:
+        argparse.ArgumentParser.parse_args = self._original
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--espresso_config` to a launcher's parser."""
+    parser.add_argument(FLAG, metavar="PLAN.JSON", help="plan of espresso_ds (from `espresso prepare`) to apply to every worker")
+
+
+def _export_plan(parsed: argparse.Namespace) -> None:
+    if getattr(parsed, "espresso_config", None) is None:
+        return
+    from ..core.errors import EspressoError
+    from .plan_source import export_plan
+
+    try:
+        export_plan(parsed.espresso_config)
+    except EspressoError as error:
+        sys.exit(f"espresso: {error}")
+
+
+def _is_launcher_main() -> bool:
+    words = sys.orig_argv
+    return any(word == "-m" and following == _LAUNCHER for word, following in zip(words, words[1:], strict=False))
+
+
+def _patch_main_launcher() -> None:
+    """`python -m deepspeed.launcher.runner` runs that file as __main__ without importing it, so its parser is met by its description."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        if not (parser.description or "").startswith("DeepSpeed runner"):
+            return original(parser, *args, **kwargs)
+        argparse.ArgumentParser.parse_args = original
+        add_flag(parser)
+        parsed = original(parser, *args, **kwargs)
+        _export_plan(parsed)
+        main = sys.modules["__main__"]
+        if ENV_PREFIX not in main.EXPORT_ENVS:
+            main.EXPORT_ENVS.append(ENV_PREFIX)
+        return parsed
+
+    argparse.ArgumentParser.parse_args = parse_args
+
+
+def _with_plan(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(initialize)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from .initialize import initialize_with_plan, wanted
+
+        if not wanted(initialize, args, kwargs):
+            return initialize(*args, **kwargs)
+        return initialize_with_plan(initialize, args, kwargs)
+
+    wrapped.espresso = os.path.dirname(__file__)
+    return wrapped

@@ -1,0 +1,158 @@
+"""Attaching a plan to a DeepSpeed engine (ZeRO stage 0): hooks on the parameters, and a flush in place of the engine's allreduce.
+
+Only instance attributes are set, so no class of DeepSpeed changes and other engines of the process are left alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..compressors import registry
+from ..core.errors import EspressoError, FileError, UnsupportedError
+from ..core.option import Device, Option
+from ..core.plan import Plan, TensorDecision
+from ..feedback import Feedback
+from ..runtime import streams
+from ..runtime.agree import Agreement
+from ..runtime.executor import Executor, Unit
+from ..runtime.lanes import Lanes
+from ..runtime.synchroniser import Member, Scaling, Synchroniser
+from .engine_facts import check_made_for, check_supported, layout, timing_config, trainable
+from .plan_source import Source
+
+
+def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None) -> None:
+    """Make `engine` synchronise its gradients as planned. Collective over all ranks.
+
+    Args:
+        engine: a DeepSpeedEngine, fresh from `deepspeed.initialize`.
+        source: the plan, or None where this rank has none.
+        fault: why this rank has no usable plan, to be raised on all ranks.
+
+    Raises:
+        EspressoError: the same one on every rank: a bad plan, one made for something else, an unsupported engine, ranks that disagree.
+    """
+    control = dist.new_group(backend="gloo")
+    agreement = Agreement(control)
+    with agreement.collecting():
+        if fault is not None:
+            raise fault
+        if source is None:
+            raise FileError("this rank has no plan while others have one; launch with `deepspeed --espresso_config plan.json`")
+        check_supported(engine)
+    agreement.settle()
+    assert source is not None
+    nodes, ranks_per_node = layout()
+    with agreement.collecting():
+        check_made_for(source.plan, engine, nodes, ranks_per_node, source.where)
+        codec = registry.make(source.plan.compressor)
+        _check_options(source.plan, codec.sum_dtype is not None, timing_config(engine)["device"])
+    agreement.settle(_items(engine, source))
+    engine.espresso = Attachment(engine, source)
+    if dist.get_rank() == 0:
+        print(_banner(source), file=sys.stderr, flush=True)
+
+
+class Attachment:
+    """What `engine.espresso` holds: the running synchroniser and the way to take it off again (`detach`)."""
+
+    def __init__(self, engine: Any, source: Source) -> None:
+        plan, timeout_s = source.plan, source.block.timeout_s
+        parameters = trainable(engine)
+        device = next(iter(parameters.values())).device
+        units = [_unit(index, tensors, parameters) for index, tensors in enumerate(plan.units())]
+        steps = max(unit.steps for unit, _ in units)
+        backend = dist.get_backend()
+        self._groups = [dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s)) for _ in range(steps)]
+        self.feedback = Feedback(plan.compressor.feedback)
+        wire_dtype = engine.communication_data_type
+        executor = Executor(registry.make(plan.compressor), self.feedback, self._groups, wire_dtype, plan.compressor.seed)
+        self._lanes = Lanes(steps, timeout_s, functools.partial(streams.enter_lane, device))
+        self.synchroniser = Synchroniser(units, executor, self._lanes, scaling_of(engine), wire_dtype)
+        self.plan = plan
+        self._engine = engine
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(functools.partial(self._ready, name)) for name, param in parameters.items()
+        ]
+        engine.buffered_allreduce_fallback = self._flush
+        atexit.register(self.detach)
+
+    def detach(self) -> None:
+        """Give the engine back its own allreduce and stop the lanes."""
+        atexit.unregister(self.detach)
+        for hook in self._hooks:
+            hook.remove()
+        self._engine.__dict__.pop("buffered_allreduce_fallback", None)
+        self._lanes.close()
+        if dist.is_initialized():
+            for group in self._groups:
+                dist.destroy_process_group(group)
+
+    def _ready(self, name: str, _: torch.nn.Parameter) -> None:
+        engine = self._engine
+        if engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt:
+            self.synchroniser.ready(name)
+
+    def _flush(self, grads: object = None, elements_per_buffer: int = 0) -> None:
+        if grads is not None:
+            raise UnsupportedError(
+                "buffered_allreduce_fallback was called with gradients of its own; a plan holds for the model's gradients only"
+            )
+        self.synchroniser.flush()
+
+
+def scaling_of(engine: Any) -> Scaling:
+    """DeepSpeed's factors before and after the sum over ranks (`allreduce_bucket`): mean or sum, prescale, predivide."""
+    world = dist.get_world_size()
+    if not engine.gradient_average:
+        return Scaling(1.0, 1.0)
+    if not engine.postscale_gradients():
+        return Scaling(1.0 / world, 1.0)
+    predivide = engine.gradient_predivide_factor()
+    return Scaling(1.0 / predivide, predivide / world)
+
+
+def _unit(
+    index: int, tensors: tuple[TensorDecision, ...], parameters: dict[str, torch.nn.Parameter]
+) -> tuple[Unit, list[Member]]:
+    label = tensors[0].name if len(tensors) == 1 else f"{tensors[0].name} (+{len(tensors) - 1})"
+    members = [Member(tensor.name, parameters[tensor.name], tensor.firings) for tensor in tensors]
+    return Unit(index, label, sum(tensor.numel for tensor in tensors), Option.parse(tensors[0].option)), members
+
+
+def _check_options(plan: Plan, summable: bool, device: str | int | float | bool) -> None:
+    for tensor in plan.tensors:
+        option = Option.parse(tensor.option)
+        if option.sums_payloads and not summable:
+            raise FileError(
+                f"{tensor.name}: option {option} sums payloads, which {plan.compressor.name} does not allow; plan again"
+            )
+        if device == "cpu" and any(action.at is Device.GPU for action in option.actions):
+            raise FileError(f"{tensor.name}: option {option} compresses on a GPU, but the model computes on the CPU; plan again")
+
+
+def _items(engine: Any, source: Source) -> dict[str, str]:
+    """What all ranks must hold alike, in order."""
+    items = {"plan seal": source.plan.seal, "timeout_s": str(source.block.timeout_s), "scaling": str(scaling_of(engine))}
+    items |= {key: str(value) for key, value in timing_config(engine).items()}
+    for position, (name, param) in enumerate(trainable(engine).items()):
+        items[f"parameter {position}"] = f"{name} {list(param.shape)} {param.dtype}"
+    return items
+
+
+def _banner(source: Source) -> str:
+    plan = source.plan
+    compressed = sum(Option.parse(tensor.option).compresses for tensor in plan.tensors)
+    predicted = plan.predicted
+    return (
+        f"espresso: plan active ({source.where}): {compressed} of {len(plan.tensors)} tensors compressed with {plan.compressor.label}, "
+        f"{predicted.planned_bytes / 1e6:.2f} MB sent per rank and step instead of {predicted.uncompressed_bytes / 1e6:.2f} MB, "
+        f"expected step {predicted.planned_s:.3f} s (DeepSpeed alone: {predicted.stock_s:.3f} s)"
+    )

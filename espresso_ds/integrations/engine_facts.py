@@ -1,0 +1,123 @@
+"""What we read from a DeepSpeed engine: its parameters, the settings that step times depend on, and whether a plan can be kept under it."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..core.errors import MismatchError, UnsupportedError
+from ..core.plan import Plan
+from ..core.profile import model_fingerprint
+
+NEEDED = (
+    "buffered_allreduce_fallback",
+    "is_gradient_accumulation_boundary",
+    "_take_model_step",
+    "_get_gradients_for_reduction",
+    "zero_optimization_stage",
+    "gradient_predivide_factor",
+    "postscale_gradients",
+)
+
+
+def trainable(engine: Any) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter, for all that DeepSpeed would reduce."""
+    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad and p.numel() > 0}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def timing_config(engine: Any) -> dict[str, str | int | float | bool]:
+    """Resolved settings that ready times, sizes on the wire or the meaning of a plan depend on."""
+    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    return {
+        "device": next(iter(trainable(engine).values())).device.type,
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "precision": precision,
+        "communication_data_type": dtype_name(engine.communication_data_type),
+    }
+
+
+def check_supported(engine: Any) -> None:
+    """Raise UnsupportedError naming the first thing about the engine under which a plan cannot be kept yet."""
+    missing = [name for name in NEEDED if not callable(getattr(engine, name, None))]
+    if missing:
+        import deepspeed
+
+        raise UnsupportedError(
+            f"deepspeed {deepspeed.__version__}: its engine has no {missing[0]}(); espresso_ds works with deepspeed 0.19.8 and its successors "
+            "that keep it: install `deepspeed>=0.19.8,<0.20`"
+        )
+    stage = int(engine.zero_optimization_stage())
+    faults = [
+        (getattr(engine, "pipeline_parallelism", False), "a PipelineModule", "train it without pipeline stages"),
+        (stage != 0, f"ZeRO stage {stage}", 'set "zero_optimization": {"stage": 0}'),
+        (engine.fp16_enabled(), "fp16", "use bf16 or fp32"),
+        (getattr(engine, "torch_autocast_z0_gradscaler", None) is not None, "torch_autocast with a gradient scaler", "use bf16"),
+        (getattr(engine, "has_moe_layers", False), "mixture-of-experts layers", "train it without expert parallelism"),
+        (engine.is_deepcompile_active(), "DeepCompile", 'set "compile": {"deepcompile": false}'),
+        (
+            dist.get_world_size(engine.data_parallel_group) != dist.get_world_size(),
+            "tensor or model parallelism",
+            "use data parallelism only",
+        ),
+        (getattr(engine, "sequence_parallel_size", 1) > 1, "sequence parallelism", "use data parallelism only"),
+        (not engine.enable_backward_allreduce, "backward allreduce switched off", "leave it to DeepSpeed"),
+        (
+            any(getattr(m, "sparse", False) for m in engine.module.modules()),
+            "sparse embedding gradients",
+            "build nn.Embedding with sparse=False",
+        ),
+    ]
+    for present, what, fix in faults:
+        if present:
+            raise UnsupportedError(f"a plan cannot be kept under {what} yet; {fix}, or run without the plan (ESPRESSO_DISABLE=1)")
+
+
+def layout() -> tuple[int, int]:
+    """Nodes and ranks per node of the running job, by hostname. Collective. Raises MismatchError on uneven hosts."""
+    names: list = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    counts = Counter(names)
+    if len(set(counts.values())) > 1:
+        raise MismatchError(f"hosts have different numbers of ranks: {dict(counts)}; give each host the same number of slots")
+    return len(counts), counts[names[0]]
+
+
+def check_made_for(plan: Plan, engine: Any, nodes: int, ranks_per_node: int, where: str) -> None:
+    """Raise MismatchError naming what differs between the plan and this run, and the command that mends it."""
+    mend = "make the plan for this run: `espresso prepare`"
+    made = plan.made_for
+    if (made.nodes, made.ranks_per_node) != (nodes, ranks_per_node):
+        raise MismatchError(
+            f"{where} was made for {made.nodes} hosts x {made.ranks_per_node} ranks, this run has {nodes} x {ranks_per_node}; {mend}"
+        )
+    here = timing_config(engine)
+    for key in made.config.keys() | here.keys():
+        if made.config.get(key) != here.get(key):
+            raise MismatchError(f"{where} was made for {key} = {made.config.get(key)!r}, this run has {here.get(key)!r}; {mend}")
+    parameters = trainable(engine)
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    for name, param in parameters.items():
+        if name not in planned:
+            raise MismatchError(f"{where} has no decision for {name!r}, which this model trains; {mend}")
+        decided = planned[name]
+        if (decided.shape, decided.dtype) != (tuple(param.shape), dtype_name(param.dtype)):
+            raise MismatchError(
+                f"{where} was made for {name!r} of shape {list(decided.shape)} {decided.dtype}, "
+                f"this model has {list(param.shape)} {dtype_name(param.dtype)}; {mend}"
+            )
+    if extra := next((name for name in planned if name not in parameters), None):
+        raise MismatchError(f"{where} decides for {extra!r}, which this model does not train; {mend}")
+    found = model_fingerprint((name, tuple(p.shape), dtype_name(p.dtype)) for name, p in parameters.items())
+    if found != made.model:
+        raise MismatchError(f"{where} was made for a model with fingerprint {made.model}, this one has {found}; {mend}")

@@ -1,0 +1,104 @@
+"""The whole decision: which tensors share a buffer, and which option each buffer gets.
+
+Fusing changes what compression is worth and compression changes what fusing is worth, so that neither can simply go first.
+Algorithm 1 on single tensors pays a latency for every small one, and options that differ between neighbours keep them from being
+fused. Fusing first, on the slow uncompressed timeline, makes buffers so large that, once compressed, they can no longer hide under
+the backward. Hence a few starts, each improved by Algorithm 1 and fusing in turn, and the one with the least F(S) is kept:
+
+    single   every tensor by itself, uncompressed: Algorithm 1 as published
+    fused    the best uncompressed plan
+    buckets  tensors gathered up to a size, for each of BUCKETS; once uncompressed, once all with the option that suits that size best
+
+All is deterministic; of equal plans the first is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from ..core.option import UNCOMPRESSED, Option
+from ..core.profile import ModelTrace
+from .cost import Costs
+from .decide import ROUNDING, decide, drop_idle
+from .fuse import buckets, fuse, singles
+from .timeline import Unit, iteration_time
+
+BUCKETS = tuple(2**power for power in range(14, 29))
+"""Least numbers of elements in a unit that are tried."""
+
+WORTHWHILE = 0.01
+"""Least share of the uncompressed step that compression must save: less is within the noise of any step time, and it is lossy."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def plan_uncompressed(trace: ModelTrace, costs: Costs) -> list[Unit]:
+    """The fastest plan found in which all tensors are allreduced, overlapped with backward and fused. Raises FileError."""
+    starts = min(partitions(trace), key=lambda units: iteration_time(units, trace, costs))
+    ways = (fuse(singles(trace), trace, costs), fuse(starts, trace, costs))
+    return min(ways, key=lambda units: iteration_time(units, trace, costs))
+
+
+def plan_compressed(
+    options: Sequence[Option],
+    trace: ModelTrace,
+    costs: Costs,
+    uncompressed: Sequence[Unit],
+    progress: Progress = lambda stage, done, total: None,
+) -> list[Unit]:
+    """The fastest plan found, which is `uncompressed` itself unless compression saves WORTHWHILE of its step time.
+
+    Args:
+        options: candidates for every unit.
+        trace: tensors in the order of the wire.
+        costs: what actions cost.
+        uncompressed: what `plan_uncompressed` gave.
+        progress: called with (what is tried, starts done, all starts).
+
+    Raises:
+        FileError: a cost was not measured.
+    """
+    best, best_s = list(uncompressed), iteration_time(uncompressed, trace, costs)
+    limit = best_s * (1 - WORTHWHILE)
+    starts = list(_starts(options, trace, costs, uncompressed))
+    for done, start in enumerate(starts):
+        progress(f"planning in {len(start)} units", done, len(starts))
+        units = improve(start, options, trace, costs)
+        time = iteration_time(units, trace, costs)
+        if time < best_s and (time <= limit or not any(unit.option.compresses for unit in units)):
+            best, best_s = units, time
+    return best
+
+
+def improve(units: Sequence[Unit], options: Sequence[Option], trace: ModelTrace, costs: Costs) -> list[Unit]:
+    """Algorithm 1, then fuse, in turn until F(S) falls no more. Raises FileError (a cost was not measured)."""
+    best, time = list(units), float("inf")
+    while True:
+        units = fuse(drop_idle(decide(best, options, trace, costs), trace, costs), trace, costs)
+        new_time = iteration_time(units, trace, costs)
+        if new_time >= time * (1 - ROUNDING):
+            return best
+        best, time = units, new_time
+
+
+def partitions(trace: ModelTrace) -> Iterator[list[Unit]]:
+    """The different ways in which BUCKETS cut the trace, uncompressed, from the finest."""
+    last = None
+    for numel in BUCKETS:
+        units = buckets(trace, numel)
+        if units != last:
+            yield units
+        last = units
+
+
+def _starts(
+    options: Sequence[Option], trace: ModelTrace, costs: Costs, uncompressed: Sequence[Unit]
+) -> Iterator[Sequence[Unit]]:
+    yield singles(trace)
+    yield uncompressed
+    for units in partitions(trace):
+        yield units
+        uniform = [[Unit.of(trace, unit.start, unit.stop, option) for unit in units] for option in options]
+        best = min(uniform, key=lambda plan: iteration_time(plan, trace, costs))
+        if best[0].option != UNCOMPRESSED:
+            yield best

@@ -1,0 +1,118 @@
+"""Profile the cluster: one process per rank measures links and routines with the backend that training uses (E 4.3).
+
+    mpirun --hostfile hosts --bind-to none python -m espresso_ds.profiler.cluster -o cluster.json
+
+or under torchrun, or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank 0 prints lines
+`@progress 0.42 allreduce 4 MiB` on stdout (share of the work done, what is being measured) and at last one line for people.
+Faults go to stderr, and the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..core.errors import EspressoError, FileError, SyncError
+from ..core.option import Level
+from ..core.profile import ClusterProfile, Link, RoutineCost
+from ..runtime.routines import ROUTINES
+from .fit import fit_line
+from .measure import QUICK, THOROUGH, Effort, Progress, measure
+from .probes import Buffers, largest, link_pairs, link_probe, one_way, routine_probe
+from .rendezvous import Ranks, joined
+
+PROGRESS = "@progress"
+_TIMEOUT_S = 120.0
+
+
+def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress) -> ClusterProfile:
+    """Measure the routines over all ranks and the links; called by all ranks together, which get the same profile.
+
+    Raises:
+        SyncError: an operation failed or ran past the deadline; other ranks then fail too.
+    """
+    buffers = Buffers(ranks)
+    pairs = link_pairs(ranks)
+    probes = [routine_probe(task, ranks, buffers) for task in ROUTINES]
+    probes += [link_probe(level, pair, ranks, buffers) for level, pair in pairs.items()]
+    try:
+        measured = measure(probes, effort, lambda seconds: largest(ranks, list(seconds)), progress)
+    except RuntimeError as error:  # torch's one kind for everything that may go wrong between ranks
+        raise SyncError(f"measuring failed: {error}") from error
+    links = {level: one_way(times) for level, times in zip(pairs, measured[len(ROUTINES) :], strict=True)}
+    return ClusterProfile(
+        backend=ranks.backend,
+        hosts=ranks.hosts,
+        ranks_per_node=ranks.ranks_per_node,
+        links={level: Link(**fit_line(list(times), list(times.values()))._asdict()) for level, times in links.items()},
+        routines=tuple(
+            RoutineCost(
+                routine=task,
+                level=Level.FLAT,
+                ranks=ranks.world_size,
+                nbytes=tuple(times),
+                seconds=tuple(times.values()),
+                **fit_line(list(times), list(times.values()))._asdict(),
+            )
+            for task, times in zip(ROUTINES, measured, strict=False)
+        ),
+    )
+
+
+def summary(profile: ClusterProfile) -> str:
+    """One line for people: the ranks and the links."""
+    links = [f"{level} {1e3 * link.alpha_s:.3g} ms + {_speed(link)}" for level, link in profile.links.items()]
+    return f"{profile.nodes} hosts x {profile.ranks_per_node} ranks, {profile.backend}; links: {', '.join(links) or 'none'}"
+
+
+def parse_progress(line: str) -> tuple[float, str] | None:
+    """Share of the work done and what is being measured, if `line` of the profiler's output is about progress."""
+    word, _, rest = line.strip().partition(" ")
+    share, _, what = rest.partition(" ")
+    return (float(share), what) if word == PROGRESS else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m espresso_ds.profiler.cluster", description="Measure links and routines.")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="where rank 0 writes the cluster profile")
+    parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl where there is CUDA, else gloo")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
+    arguments = parser.parse_args(argv)
+    try:
+        with joined(arguments.backend, _TIMEOUT_S) as ranks:
+            _check_output(arguments.output, ranks)
+            progress = _print_progress if ranks.rank == 0 else _no_progress
+            profile = profile_cluster(ranks, QUICK if arguments.quick else THOROUGH, progress)
+            if ranks.rank == 0:
+                profile.save(arguments.output)
+                print(f"{arguments.output}: {summary(profile)}", flush=True)
+    except EspressoError as error:
+        print(f"espresso profile cluster: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _check_output(path: Path, ranks: Ranks) -> None:
+    """Stop all ranks before they measure what rank 0 could not write."""
+    (missing,) = largest(ranks, [float(ranks.rank == 0 and not path.absolute().parent.is_dir())])
+    if missing:
+        raise FileError(f"{path}: its directory does not exist on {ranks.hosts[0]}; make it first")
+
+
+def _speed(link: Link) -> str:
+    return f"{1e-6 / link.beta_s_per_byte:.4g} MB/s" if link.beta_s_per_byte else "no measurable time per byte"
+
+
+def _print_progress(share: float, what: str) -> None:
+    print(f"{PROGRESS} {share:.3f} {what}", flush=True)
+
+
+def _no_progress(share: float, what: str) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""When to measure what: sizes grow until a time is long enough to show the bandwidth, then passes measure all, interleaved.
+
+Nothing here knows what a probe does or how ranks talk. All ranks call `measure` alike, and every choice rests on times that they
+have agreed on, so all take the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+Progress = Callable[[float, str], None]
+"""Told the share of the work done, 0 to 1, and what is being measured."""
+
+Agree = Callable[[Sequence[float]], list[float]]
+"""Element-wise maximum over all ranks, which all ranks call together."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Something that takes time by size. `run(nbytes)` does it once, on all ranks at once, and returns this rank's seconds."""
+
+    name: str
+    sizes: tuple[int, ...]
+    run: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure. Seconds."""
+
+    grow_below_s: float = 0.12
+    """The next size, usually four times as large, is tried only if this one took less."""
+    repeat_s: float = 0.02
+    """A size that takes less is repeated within a pass, up to `repeats` times."""
+    repeats: int = 5
+    budget_s: float = 20.0
+    """For all passes together; at least `passes[0]` and at most `passes[1]` are made."""
+    passes: tuple[int, int] = (3, 9)
+
+
+THOROUGH = Effort()
+QUICK = Effort(grow_below_s=0.06, budget_s=5.0)
+
+
+@dataclass
+class _Cell:
+    """One probe at one size: how often it runs in a pass, and the agreed seconds of all runs so far."""
+
+    probe: Probe
+    nbytes: int
+    expected_s: float
+    repeats: int
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def pass_s(self) -> float:
+        return self.expected_s * self.repeats
+
+
+def measure(probes: Sequence[Probe], effort: Effort, agree: Agree, progress: Progress) -> list[dict[int, float]]:
+    """Median seconds by size of every probe, the slowest rank of each run counting.
+
+    The first run of a size only warms up: it touches memory, opens connections and decides whether a larger size is tried. Two
+    sizes of every probe are measured in any case, or no line could be fitted.
+    """
+    cells = []
+    for number, probe in enumerate(probes):
+        progress(0.2 * number / len(probes), f"{probe.name}, finding sizes")
+        cells += _find_sizes(probe, effort, agree)
+    pass_s = sum(cell.pass_s for cell in cells)
+    fewest, most = effort.passes
+    passes = max(fewest, min(most, int(effort.budget_s / pass_s)))
+    for number in range(passes):
+        done_s, seconds = 0.0, []
+        for cell in cells:
+            progress(0.2 + 0.8 * (number + done_s / pass_s) / passes, f"{cell.probe.name} {people_bytes(cell.nbytes)}")
+            seconds += [cell.probe.run(cell.nbytes) for _ in range(cell.repeats)]
+            done_s += cell.pass_s
+        agreed = iter(agree(seconds))
+        for cell in cells:
+            cell.samples += [next(agreed) for _ in range(cell.repeats)]
+    progress(1.0, "done")
+    return [{cell.nbytes: median(cell.samples) for cell in cells if cell.probe is probe} for probe in probes]
+
+
+def people_bytes(nbytes: int) -> str:
+    """`nbytes` for people: `256 B`, `4 KiB`, `16 MiB`."""
+    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes} B"
+
+
+def _find_sizes(probe: Probe, effort: Effort, agree: Agree) -> list[_Cell]:
+    cells: list[_Cell] = []
+    for nbytes in probe.sizes:
+        (seconds,) = agree([probe.run(nbytes)])
+        if seconds >= effort.grow_below_s:  # once more: a hiccup must not end the growth
+            (again,) = agree([probe.run(nbytes)])
+            seconds = min(seconds, again)
+        repeats = max(1, min(effort.repeats, int(effort.repeat_s / max(seconds, 1e-9))))
+        cells.append(_Cell(probe, nbytes, seconds, repeats))
+        if seconds >= effort.grow_below_s and len(cells) >= 2:
+            break
+    return cells

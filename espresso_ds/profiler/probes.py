@@ -1,0 +1,139 @@
+"""What is measured on a cluster: every routine of the options over all ranks, a link inside a node, a link between nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..core.option import Level, Task
+from ..runtime import routines
+from .measure import Probe
+from .rendezvous import Ranks
+
+_KIB, _MIB = 1 << 10, 1 << 20
+_SMALLEST = 256
+_LARGEST = {Task.ALLREDUCE: 64 * _MIB, Task.REDUCE_SCATTER: 64 * _MIB}
+_LARGEST_OTHER = 16 * _MIB
+_MOST_GATHERED = 256 * _MIB  # memory for all rows of an allgather or gather
+_ROOT = 0
+_ACK_NBYTES = 64  # the smallest message of a link, and the answer to every message
+
+
+class Buffers:
+    """Memory of one rank, touched once and shared by all probes. Zeros stay zeros however often they are summed."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        sizes = {task: routine_sizes(task, ranks.world_size) for task in routines.ROUTINES}
+        given = max(max(each) for each in sizes.values())
+        gathered = max(sizes[task][-1] for task in (Task.ALLGATHER, Task.GATHER)) * ranks.world_size
+        self.given = torch.empty(given, dtype=torch.uint8, device=ranks.device).zero_()
+        self.taken = torch.empty(max(given, gathered), dtype=torch.uint8, device=ranks.device).zero_()
+
+
+def routine_sizes(task: Task, world: int) -> tuple[int, ...]:
+    """Sizes in bytes of what one rank puts in, ascending by factors of 4 and divisible into `world` aligned rows."""
+    largest = _LARGEST.get(task, _LARGEST_OTHER)
+    if task in (Task.ALLGATHER, Task.GATHER):
+        largest = min(largest, _MOST_GATHERED // world)
+    row = 16 * world
+    sizes, nbytes = set(), _SMALLEST
+    while nbytes <= largest:
+        sizes.add(-(-nbytes // row) * row)
+        nbytes *= 4
+    return tuple(sorted(sizes))
+
+
+def routine_probe(task: Task, ranks: Ranks, buffers: Buffers) -> Probe:
+    """One routine over all ranks, as the runtime starts it and waits for it: sums of float32, rows of bytes."""
+    start = _starter(task, ranks, buffers)
+
+    def run(nbytes: int) -> float:
+        _align(ranks)
+        begin = time.perf_counter()
+        start(nbytes).wait(ranks.timeout_s)
+        _settle(ranks)
+        return time.perf_counter() - begin
+
+    return Probe(task.name.lower(), routine_sizes(task, ranks.world_size), run)
+
+
+def link_pairs(ranks: Ranks) -> dict[Level, tuple[int, int]]:
+    """Two ranks of one node, and two of different nodes, as far as there are such."""
+    pairs = {}
+    if ranks.ranks_per_node > 1:
+        pairs[Level.INTRA] = (0, 1)
+    if len(ranks.hosts) > 1:
+        pairs[Level.INTER] = (0, ranks.ranks_per_node)
+    return pairs
+
+
+def link_probe(level: Level, pair: tuple[int, int], ranks: Ranks, buffers: Buffers) -> Probe:
+    """A message one way and a small answer back, timed by the sender; the other ranks stand by. See `one_way`."""
+    sender, receiver = pair
+    answer = torch.zeros(_ACK_NBYTES, dtype=torch.uint8, device=ranks.device)
+    group = ranks.group
+
+    def run(nbytes: int) -> float:
+        _align(ranks)
+        begin = time.perf_counter()
+        message = buffers.given[:nbytes]
+        if ranks.rank == sender:
+            group.send([message], receiver, 0).wait()
+            group.recv([answer], receiver, 0).wait()
+        elif ranks.rank == receiver:
+            group.recv([message], sender, 0).wait()
+            group.send([answer], sender, 0).wait()
+        else:
+            return 0.0
+        _settle(ranks)
+        return time.perf_counter() - begin
+
+    return Probe(f"{level} link", (_ACK_NBYTES, *(s for s in routine_sizes(Task.BROADCAST, 1) if s > _ACK_NBYTES)), run)
+
+
+def one_way(round_trips: dict[int, float]) -> dict[int, float]:
+    """Seconds of one message by size, from those of the message and the answer: half the smallest round trip is the answer's."""
+    answer_s = round_trips[min(round_trips)] / 2
+    # A larger message may by chance have taken no longer than the smallest one: it still took half of its own round trip.
+    return {nbytes: max(seconds - answer_s, seconds / 2) for nbytes, seconds in round_trips.items()}
+
+
+def largest(ranks: Ranks, seconds: list[float]) -> list[float]:
+    """Element-wise maximum over all ranks; every rank gets the same bits."""
+    x = torch.tensor(seconds, dtype=torch.float64, device=ranks.device)
+    ranks.group.allreduce([x], torch.distributed.ReduceOp.MAX).wait()
+    return x.tolist()
+
+
+def _starter(task: Task, ranks: Ranks, buffers: Buffers) -> Callable[[int], routines.Started]:
+    """The routine as a function of the bytes that one rank puts in."""
+    group, world, here = ranks.group, ranks.world_size, ranks.rank
+    given, taken = buffers.given, buffers.taken
+
+    def floats(buffer: Tensor, nbytes: int) -> Tensor:
+        return buffer[:nbytes].view(torch.float32)
+
+    return {
+        Task.ALLREDUCE: lambda n: routines.allreduce(floats(given, n), group),
+        Task.REDUCE: lambda n: routines.reduce(floats(given, n), _ROOT, group),
+        Task.REDUCE_SCATTER: lambda n: routines.reduce_scatter(floats(taken, n // world), floats(given, n), group),
+        Task.BROADCAST: lambda n: routines.broadcast(given[:n], _ROOT, group),
+        Task.ALLGATHER: lambda n: routines.allgather(taken[: world * n], given[:n], group),
+        Task.ALLTOALL: lambda n: routines.alltoall(taken[:n], given[:n], group),
+        Task.GATHER: lambda n: routines.gather(taken[: world * n] if here == _ROOT else None, given[:n], _ROOT, group),
+    }[task]
+
+
+def _align(ranks: Ranks) -> None:
+    """Let all ranks start together. A tiny allreduce does it with every backend, and keeps no thread busy."""
+    routines.allreduce(torch.zeros(1, device=ranks.device), ranks.group).wait(ranks.timeout_s)
+    _settle(ranks)
+
+
+def _settle(ranks: Ranks) -> None:
+    """Routines on CUDA are over when the device is idle, not when their `wait` returns."""
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)

@@ -1,0 +1,198 @@
+"""Find the other ranks, started by mpirun or by a launcher with torchrun's variables, and join them in one torch group.
+
+Under mpirun, rank 0 opens a store on a free port and MPI tells the others where. Which of rank 0's addresses to use is not
+guessed: each rank tries them all, and the first that every rank reached is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ..core.errors import MismatchError, SyncError, UnsupportedError
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_CONNECT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The group of all ranks and where they run. Ranks are numbered host by host."""
+
+    group: dist.ProcessGroup
+    rank: int
+    backend: str
+    device: torch.device
+    hosts: tuple[str, ...]
+    ranks_per_node: int
+    timeout_s: float
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.hosts) * self.ranks_per_node
+
+
+@contextmanager
+def joined(backend: str | None, timeout_s: float) -> Iterator[Ranks]:
+    """Join all ranks for the time of the `with` block; the group is destroyed at its end.
+
+    Args:
+        backend: None for nccl where there is CUDA, else gloo.
+        timeout_s: deadline of every operation.
+
+    Raises:
+        UnsupportedError: alike on all ranks: no address of rank 0 is reachable, hosts have uneven numbers of ranks or ranks that
+            are not numbered host by host, or gloo would use loopback between hosts.
+        MismatchError: alike on all ranks: they chose different backends.
+        SyncError: a rank did not come in time.
+    """
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store, rank, world = _from_environment(timeout) if all(map(os.environ.get, _ENVIRONMENT)) else _from_mpi(timeout)
+        told = _exchange(store, rank, world, {"host": _processor(), "backend": backend, "fault": _gloo_fault()})
+        hosts, per_node = _check(told)
+        device = torch.device("cpu")
+        if backend == "nccl":
+            device = torch.device("cuda", rank % per_node)
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout)
+    except RuntimeError as error:  # torch's and MPI's one kind for everything that may go wrong between ranks
+        raise SyncError(f"ranks did not meet within {timeout_s:g} s: {error}") from error
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        yield Ranks(group, rank, backend, device, hosts, per_node, timeout_s)
+        _leave(store, rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def layout(names: Sequence[str]) -> tuple[tuple[str, ...], int]:
+    """Hosts in the order of their ranks, and ranks per host, from every rank's host name.
+
+    Raises:
+        UnsupportedError: hosts have different numbers of ranks, or ranks are not numbered host by host.
+    """
+    hosts = tuple(dict.fromkeys(names))
+    counts = {host: names.count(host) for host in hosts}
+    per_node = counts[hosts[0]]
+    if len(set(counts.values())) > 1:
+        raise UnsupportedError(f"hosts have uneven numbers of ranks ({_listed(counts)}); give all the same slots")
+    if list(names) != [host for host in hosts for _ in range(per_node)]:
+        raise UnsupportedError(
+            f"ranks alternate between hosts ({', '.join(names)}); number them host by host (mpirun --map-by slot)"
+        )
+    return hosts, per_node
+
+
+def _check(told: list[dict[str, str]]) -> tuple[tuple[str, ...], int]:
+    """What all ranks told, checked by each of them alike."""
+    hosts, per_node = layout([each["host"] for each in told])
+    for rank, each in enumerate(told):
+        if len(hosts) > 1 and each["backend"] == "gloo" and each["fault"]:
+            raise UnsupportedError(f"rank {rank} on {each['host']}: {each['fault']}")
+        if each["backend"] != told[0]["backend"]:
+            raise MismatchError(
+                f"rank 0 on {told[0]['host']} would use {told[0]['backend']}, "
+                f"rank {rank} on {each['host']} {each['backend']}; choose with --backend"
+            )
+    return hosts, per_node
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{host}: {count}" for host, count in counts.items())
+
+
+def _exchange(store: dist.Store, rank: int, world: int, value: object) -> list:
+    """Every rank's value, through the store: it works before there is a group, whatever the backend."""
+    store.set(f"espresso/{rank}", json.dumps(value))
+    return [json.loads(store.get(f"espresso/{other}")) for other in range(world)]
+
+
+def _leave(store: dist.Store, rank: int, world: int) -> None:
+    """Keep rank 0, whose end is the end of the store, until every rank has used it for the last time."""
+    if store.add("espresso/left", 1) == world:
+        store.set("espresso/all_left", "")
+    if rank == 0:
+        store.get("espresso/all_left")
+
+
+def _from_environment(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore("espresso-profile", store), rank, world
+
+
+def _from_mpi(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and finds no MPI library
+        raise UnsupportedError(
+            f"no MPI here ({error}); install it with `pip install espresso-ds[mpi]` or as a system package, or start by torchrun"
+        ) from error
+    comm = MPI.COMM_WORLD
+    rank, world = comm.Get_rank(), comm.Get_size()
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False) if rank == 0 else None
+    port, addresses = comm.bcast((store.port, _addresses()) if store is not None else None)
+    reached = comm.allgather([address for address in addresses if _reachable(address, port)])
+    common = [address for address in addresses if all(address in each for each in reached)]
+    if not common:
+        cut_off = [host for host, each in zip(comm.allgather(_processor()), reached, strict=True) if not each]
+        raise UnsupportedError(
+            f"no address of rank 0 ({', '.join(addresses)}) is reachable on port {port} from every rank "
+            f"(no address at all from: {', '.join(dict.fromkeys(cut_off)) or 'no single host'}); "
+            "name the network interface in GLOO_SOCKET_IFNAME, or rank 0's address in MASTER_ADDR, and open its ports"
+        )
+    return store or dist.TCPStore(common[0], port, None, False, timeout), rank, world
+
+
+def _processor() -> str:
+    return socket.gethostname()  # what MPI_Get_processor_name gives too, and torchrun's ranks have no MPI
+
+
+def _addresses() -> list[str]:
+    """Where others may reach this host, best first: what the user names, its name, its interfaces; loopback for one host."""
+    chosen = os.environ.get("MASTER_ADDR")
+    wanted = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    found = {name: [a.address for a in every if a.family == socket.AF_INET] for name, every in psutil.net_if_addrs().items()}
+    if chosen:
+        return [chosen]
+    if wanted:
+        return [address for name in wanted for address in found.get(name, [])] or [f"{wanted[0]} (no IPv4 address)"]
+    local = [address for every in found.values() for address in every]
+    return [_processor(), *sorted(local, key=lambda address: address.startswith("127."))]
+
+
+def _reachable(address: str, port: int) -> bool:
+    """Whether rank 0's store answers at this address. Loopback does so on rank 0's own host, or not at all."""
+    try:
+        socket.create_connection((address, port), _CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _gloo_fault() -> str:
+    """Gloo listens on the address of the host name: loopback, as some systems write it into /etc/hosts, cuts the host off."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return ""
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = "no address"
+    if address == "no address" or address.startswith("127."):
+        return (
+            f"the host name {name} resolves to {address}, where gloo cannot be reached; name the interface in GLOO_SOCKET_IFNAME"
+        )
+    return ""

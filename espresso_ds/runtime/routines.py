@@ -1,0 +1,152 @@
+"""The routines of the option tree on torch.distributed: started at once, finished by `wait` (E 4.2, table 2).
+
+Every function takes flat contiguous tensors of one dtype and device, with all buffers given by the caller, starts the routine on
+`group` and returns a `Started` one. Neither inputs nor outputs may be touched before its `wait` has returned. A group may be a
+`torch.distributed.ProcessGroup` or one of its backends (`ProcessGroupGloo`), `root` is a rank within it, W its size. Calls
+on one group have to come in the same order on all ranks; several may be in flight. Reductions are sums, and the sum of one
+element is computed in one place or in one order, so all ranks that get it get the same bits.
+
+The functions raise SyncError for buffers whose sizes don't fit, since gloo would read past them or leave a part of them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..core.errors import SyncError
+from ..core.option import Task
+
+
+@dataclass(slots=True)
+class Started:
+    """A routine under way."""
+
+    task: Task
+    work: dist.Work
+    on_cuda: bool
+    then: Callable[[], object] | None = None
+    """What is left to do on this rank once the bytes are here; done by the thread that waits."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the outputs hold the result; at once when called again.
+
+        On CUDA the current stream waits and the calling thread does not: the deadline is then the group's own.
+
+        Raises:
+            SyncError: the routine failed or `timeout_s` seconds have passed. The group is of no further use if it failed.
+        """
+        try:
+            if self.on_cuda:
+                self.work.wait()
+            else:
+                self.work.wait(timedelta(seconds=timeout_s))
+        except RuntimeError as error:  # torch's one kind for everything that may go wrong here
+            raise SyncError(f"{self.task.name.lower()}: {error}") from error
+        then, self.then = self.then, None
+        if then is not None:
+            then()
+
+
+def allreduce(x: Tensor, group: dist.ProcessGroup) -> Started:
+    """Replace `x`, shape (n,), by its sum over all ranks."""
+    _check(x)
+    return _started(Task.ALLREDUCE, x, group.allreduce([x]))
+
+
+def allgather(out: Tensor, inp: Tensor, group: dist.ProcessGroup) -> Started:
+    """Fill `out`, shape (W * n,), with every rank's `inp`, shape (n,), in rank order."""
+    _check(inp, whole=out, parts=group.size())
+    return _started(Task.ALLGATHER, inp, group._allgather_base(out, inp))
+
+
+def reduce_scatter(out: Tensor, inp: Tensor, group: dist.ProcessGroup, scratch: Tensor | None = None) -> Started:
+    """Fill `out`, shape (n,), with the sum over all ranks of row `rank` of their `inp`, shape (W * n,).
+
+    On the CPU this is an alltoall and a sum in rank order, in the tensor's dtype: gloo's own reduce-scatter is a copy and an
+    allreduce, which sends twice the bytes. `scratch`, a buffer of its own as large as `inp`, saves an allocation there.
+    """
+    _check(out, whole=inp, parts=group.size())
+    if inp.device.type != "cpu":
+        return _started(Task.REDUCE_SCATTER, inp, group._reduce_scatter_base(out, inp))
+    received = torch.empty_like(inp) if scratch is None else scratch
+    _check(received, whole=inp, parts=1)
+
+    def add_up() -> None:
+        first, *others = received.chunk(group.size())
+        out.copy_(first)
+        for row in others:
+            out.add_(row)
+
+    started = alltoall(received, inp, group)
+    return Started(Task.REDUCE_SCATTER, started.work, started.on_cuda, add_up)
+
+
+def reduce(x: Tensor, root: int, group: dist.ProcessGroup) -> Started:
+    """Replace `x`, shape (n,), by its sum over all ranks on `root`; what it holds on other ranks afterwards is undefined."""
+    _check(x)
+    options = dist.ReduceOptions()
+    options.rootRank = root
+    return _started(Task.REDUCE, x, group.reduce([x], options))
+
+
+def broadcast(x: Tensor, root: int, group: dist.ProcessGroup) -> Started:
+    """Replace `x`, shape (n,), by the `x` of `root`."""
+    _check(x)
+    options = dist.BroadcastOptions()
+    options.rootRank = root
+    return _started(Task.BROADCAST, x, group.broadcast([x], options))
+
+
+def alltoall(out: Tensor, inp: Tensor, group: dist.ProcessGroup) -> Started:
+    """Send row r of `inp`, shape (W * n,), to rank r, and fill `out`, of the same shape, with what arrives, in rank order."""
+    _check(out, whole=inp, parts=1)
+    if inp.numel() % group.size():
+        raise SyncError(f"alltoall: {inp.numel()} elements are not {group.size()} equal rows; pad the buffer")
+    return _started(Task.ALLTOALL, inp, group.alltoall_base(out, inp, [], []))
+
+
+def gather(out: Tensor | None, inp: Tensor, root: int, group: dist.ProcessGroup) -> Started:
+    """Fill `out`, shape (W * n,), with every rank's `inp`, shape (n,), in rank order on `root`; `out` is None on other ranks."""
+    if (out is not None) is not (group.rank() == root):
+        raise SyncError(
+            f"gather: rank {group.rank()} {'has an' if out is not None else 'has no'} output buffer, the root is {root}"
+        )
+    _check(inp, whole=out, parts=group.size())
+    rows = [] if out is None else [list(out.chunk(group.size()))]
+    options = dist.GatherOptions()
+    options.rootRank = root
+    return _started(Task.GATHER, inp, group.gather(rows, [inp], options))
+
+
+ROUTINES: dict[Task, Callable[..., Started]] = {
+    Task.ALLREDUCE: allreduce,
+    Task.ALLGATHER: allgather,
+    Task.REDUCE_SCATTER: reduce_scatter,
+    Task.REDUCE: reduce,
+    Task.BROADCAST: broadcast,
+    Task.ALLTOALL: alltoall,
+    Task.GATHER: gather,
+}
+"""The function of every routine of `core.option`."""
+
+
+def _started(task: Task, x: Tensor, work: dist.Work) -> Started:
+    return Started(task, work, x.is_cuda)
+
+
+def _check(part: Tensor, whole: Tensor | None = None, parts: int = 1) -> None:
+    """Raise SyncError unless both are flat and contiguous and `whole` is `parts` times as long as `part`."""
+    for x in (part, whole):
+        if x is not None and (x.dim() != 1 or not x.is_contiguous()):
+            raise SyncError(f"buffers are flat and contiguous, not of shape {tuple(x.shape)} and strides {x.stride()}")
+    if whole is not None and (whole.numel() != parts * part.numel() or whole.dtype is not part.dtype):
+        raise SyncError(
+            f"{whole.numel()} elements of {whole.dtype} are not {parts} times {part.numel()} elements of {part.dtype}; "
+            "allocate one row per rank"
+        )

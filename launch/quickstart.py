@@ -1,0 +1,136 @@
+"""Runs the same training script with plain DeepSpeed and as planned, on an emulated cluster of two hosts, and compares.
+
+    bash launch/quickstart.sh --rate 200mbit --steps 60 --seeds 0,1,2
+
+Everything is kept under ./.quickstart: the plan and its profiles, one log and one result per run, report.json, timelines.png.
+Where hosts cannot be emulated, two local ranks without a slow link take their place, and the report says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+import quickstart_report as report
+from espresso_ds.core.record import write_json
+from quickstart_run import run_logged
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT, CONFIG, EMULATE = "examples/sentiment.py", "configs/sentiment.json", "launch/emulate"
+CODEC = "efsignsgd"
+"""One bit per element with error feedback: of the codecs, the one that keeps the accuracy of so short a training (README)."""
+HOSTS = 2
+CANNOT_EMULATE = 3
+"""Exit code of launch/emulate where this machine has not what it needs."""
+MASTER_PORT = "29617"
+
+console = Console()
+Wrap = Callable[[list[str], Path | None], list[str]]
+"""(command for the first host, where to write the bytes that crossed its link) -> command for this machine."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options of `bash launch/quickstart.sh`; `--home` and `--skip-install` are the shell script's."""
+    parser = argparse.ArgumentParser(prog="bash launch/quickstart.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("--home", type=Path, default=Path(".quickstart"), help=argparse.SUPPRESS)
+    parser.add_argument("--skip-install", action="store_true", help="use .quickstart/venv as it is")
+    parser.add_argument("--rate", default="200mbit", help="of every host's link, as tc writes rates (default 200mbit)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run (default 60)")
+    parser.add_argument("--seeds", default="0", help="comma-separated; each is trained twice, plain and planned (default 0)")
+    args = parser.parse_args()
+    if args.steps < report.WARM_UP + 2:
+        parser.error(f"--steps {args.steps}: at least {report.WARM_UP + 2}, since the first {report.WARM_UP} are not timed")
+    try:
+        args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds {args.seeds!r}: comma-separated whole numbers, such as 0,1,2")
+    return args
+
+
+def environment() -> dict[str, str]:
+    """This environment with the virtual environment's programs first, CPU training, one thread per rank and no downloads."""
+    settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | settings | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def choose_cluster(rate: str, home: Path, env: dict[str, str]) -> tuple[Wrap, list[str], bool]:
+    """How to run commands: (wrapper, the launcher's cluster flags, whether hosts are emulated). Says what it found."""
+    emulate = [sys.executable, EMULATE, "--hosts", str(HOSTS), "--slots", "1", "--rate", rate]
+    probe = run_logged(
+        [*emulate, "--", "true"], home / "emulate.log", env, "starting the emulated hosts", console, allowed=(CANNOT_EMULATE,)
+    )
+    if probe == CANNOT_EMULATE:
+        console.print((home / "emulate.log").read_text().strip(), style="yellow", markup=False)
+        console.print("[yellow]Hosts cannot be emulated here: two local ranks without a slow link take their place.[/]")
+        return (lambda command, _: command), ["--num_accelerators", str(HOSTS)], False
+
+    def wrap(command: list[str], bytes_file: Path | None) -> list[str]:
+        return [*emulate, *(["--report", str(bytes_file)] if bytes_file else []), "--", *command]
+
+    console.print(f"Emulated cluster: {HOSTS} hosts, every link {rate} both ways.")
+    return wrap, ["--hostfile", "{hostfile}", "--launcher", "openmpi"], True
+
+
+def main() -> None:
+    """Plain runs, preparation, planned runs, explanation, report."""
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM unwinds as Ctrl-C does, so that no rank outlives us
+    started = time.monotonic()
+    home, env = args.home.resolve(), environment()
+    os.chdir(ROOT)
+    wrap, cluster, emulated = choose_cluster(args.rate, home, env)
+    plan = home / "plan.json"
+
+    def script(seed: int, *more: str) -> list[str]:
+        data = home / "vaderSentiment-3.3.2.tar.gz"
+        return [SCRIPT, "--deepspeed_config", CONFIG, "--data", str(data), "--steps", str(args.steps), "--seed", str(seed), *more]
+
+    def train(kind: str, seed: int, flags: list[str]) -> report.Run:
+        name = f"{kind}-{seed}"
+        log, sent = home / f"{name}.json", home / f"{name}-bytes.json"
+        log.unlink(missing_ok=True)
+        launcher = ["deepspeed", *flags, *cluster, "--master_port", MASTER_PORT]
+        command = [*launcher, *script(seed, "--eval", "--log", str(log))]
+        run_logged(wrap(command, sent), home / f"{name}.log", env, f"{kind} DeepSpeed, seed {seed}", console)
+        return report.read_run(log, sent if emulated else None)
+
+    plain = [train("plain", seed, []) for seed in args.seeds]
+    where = ["--hostfile", "{hostfile}"] if emulated else ["--ranks", str(HOSTS)]
+    prepare = [
+        "espresso",
+        "prepare",
+        "--ds-config",
+        CONFIG,
+        *where,
+        "--compressor",
+        CODEC,
+        "-o",
+        str(plan),
+        *script(args.seeds[0]),
+    ]
+    run_logged(wrap(prepare, None), home / "prepare.log", env, "espresso prepare", console)
+    planned = [train("planned", seed, ["--espresso_config", str(plan)]) for seed in args.seeds]
+    run_logged(["espresso", "explain", str(plan)], home / "explain.txt", env, "espresso explain", console)
+    console.print((home / "explain.txt").read_text(), markup=False, highlight=False)
+
+    comparison = report.compare(plain, planned, plan, rate=args.rate if emulated else "none, local ranks")
+    write_json(home / "report.json", comparison.as_json())
+    report.draw_timelines(plan, home, home / "timelines.png")
+    console.print(report.table(comparison))
+    console.print(f"Picture of both timelines: {home / 'timelines.png'}; figures: {home / 'report.json'}")
+    console.print(f"Total time {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        console.print("\nInterrupted; run it again to start over. What was installed and downloaded is kept.")
+        sys.exit(130)
