@@ -2,9 +2,10 @@
 
 Reproduce: OMP_NUM_THREADS=1 python benchmarks/codecs.py
 
-One thread. Every repeat runs all cases once, so that a disturbance hits them alike; figures are medians over repeats, ratios are medians of
-each repeat's own ratio. A case runs several times within a repeat until it has handled some 16 MB, over different tensors where they are
-small: 2^14 elements stay in the cache, 2^22 do not. Encoding is `Feedback.encode`, decoding is `decode_add`. Writes results/codecs.json.
+One thread. Every repeat runs all cases once, so that a disturbance hits them alike; figures are medians over repeats, ratios
+are medians of each repeat's own ratio. A case runs several times within a repeat until it has handled some 16 MB, over
+different tensors where they are small: 2^14 elements stay in the cache, 2^22 do not. Encoding is `Feedback.encode`, decoding
+is `decode_add`. Writes results/codecs.json.
 """
 
 from __future__ import annotations

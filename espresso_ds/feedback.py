@@ -82,7 +82,7 @@ class Feedback:
         return sum(residual.nbytes for residual in self._residuals.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Residuals by site, in order of their names. The tensors are the live ones, as in torch: save or clone before the next step."""
+        """Residuals by site, sorted. The tensors are the live ones, as in torch: save or clone them before the next step."""
         return {site: self._residuals[site] for site in sorted(self._residuals)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -93,13 +93,14 @@ class Feedback:
         """
         if self.mode == "none" and state:
             raise MismatchError(
-                f'error feedback: the checkpoint holds {len(state)} residuals but "feedback" is "none"; set it to "ef" as when it was saved'
+                f'error feedback: the checkpoint holds {len(state)} residuals but "feedback" is "none"; '
+                'set it to "ef" as when it was saved'
             )
         for site, residual in state.items():
             if residual.dtype != torch.float32 or residual.dim() != 1:
                 raise MismatchError(
-                    f"error feedback: residual {site!r} is {residual.dtype} of shape {tuple(residual.shape)}, not one-dimensional float32; "
-                    "the checkpoint was not written by this package"
+                    f"error feedback: residual {site!r} is {residual.dtype} of shape {tuple(residual.shape)}, "
+                    "not one-dimensional float32; the checkpoint was not written by this package"
                 )
             if not residual.isfinite().all():
                 raise MismatchError(f"error feedback: residual {site!r} holds NaN or Inf; use an earlier checkpoint")

@@ -98,7 +98,7 @@ def _batch(name: str, lines: Sequence[str], needs: str, on: Callable[[], None] |
         raise Missing(f"`{name}` failed: {' '.join(done.stderr.split())} in {list(lines)}; {needs}")
 
 
-def _attempt(what: str, cure: str, function: Callable[..., None], *args: object) -> None:
+def _attempt(what: str, cure: str, function: Callable[..., object], *args: object) -> None:
     try:
         function(*args)
     except OSError as error:
@@ -121,17 +121,17 @@ def _write_shared(cluster: Cluster) -> None:
     ssh.chmod(0o755)
 
 
-def _unshare_host() -> None:
-    """Move the calling process to namespaces of its own, with an IPv4-only network; raises Missing."""
-    _attempt("make a host's namespaces", LIMITS_CURE, kernel.unshare, OF_A_HOST)
-    no_ipv6 = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
-    if no_ipv6.exists():  # for devices that are still to come: neighbour discovery would be counted as the command's traffic
-        no_ipv6.write_text("1")
+def _ipv4_only() -> None:
+    """Keep IPv6 off the network devices still to come: their neighbour discovery would be counted as the command's traffic."""
+    switch = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+    if switch.exists():
+        _attempt("turn IPv6 off", MOUNTS_CURE, switch.write_text, "1")
 
 
 def _furnish(name: str) -> None:
     """Give the calling process a host of its own: namespaces, name, /dev/shm, /etc/hosts, /sys."""
-    _unshare_host()
+    _attempt("make a host's namespaces", LIMITS_CURE, kernel.unshare, OF_A_HOST)
+    _ipv4_only()
     socket.sethostname(name)
     shared = os.open(SHARED, os.O_RDONLY | os.O_DIRECTORY)
     _attempt("mount the host's /dev/shm", MOUNTS_CURE, kernel.mount, "tmpfs", "/dev/shm", "tmpfs")
@@ -213,10 +213,11 @@ def build(cluster: Cluster) -> dict[str, int]:
 
     Returns the holder's process id for each host name. Raises Missing where the machine cannot.
     """
-    _unshare_host()
+    _attempt("make the switch's namespaces", LIMITS_CURE, kernel.unshare, OF_A_HOST)
     _attempt("make mounts private", MOUNTS_CURE, kernel.mount, "none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     _attempt("mount a fresh /proc", MOUNTS_CURE, kernel.mount, "proc", "/proc", "proc")
     _attempt("mount /dev/shm", MOUNTS_CURE, kernel.mount, "tmpfs", "/dev/shm", "tmpfs")
+    _ipv4_only()
     _write_shared(cluster)
     holders = {name: _start_holder(name) for name in cluster.names}
     _wire(cluster, list(holders.values()))

@@ -54,9 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def environment() -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
     """This environment with the virtual environment's programs first, CPU training, one thread per rank and no downloads."""
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    settings["TORCH_EXTENSIONS_DIR"] = str(home / "torch_extensions")  # DeepSpeed compiles its CPU allreduce at first use
     return os.environ | settings | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
@@ -83,7 +84,8 @@ def main() -> None:
     args = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM unwinds as Ctrl-C does, so that no rank outlives us
     started = time.monotonic()
-    home, env = args.home.resolve(), environment()
+    home = args.home.resolve()
+    env = environment(home)
     os.chdir(ROOT)
     wrap, cluster, emulated = choose_cluster(args.rate, home, env)
     plan = home / "plan.json"
@@ -103,28 +105,19 @@ def main() -> None:
 
     plain = [train("plain", seed, []) for seed in args.seeds]
     where = ["--hostfile", "{hostfile}"] if emulated else ["--ranks", str(HOSTS)]
-    prepare = [
-        "espresso",
-        "prepare",
-        "--ds-config",
-        CONFIG,
-        *where,
-        "--compressor",
-        CODEC,
-        "-o",
-        str(plan),
-        *script(args.seeds[0]),
-    ]
+    options = ["--ds-config", CONFIG, *where, "--compressor", CODEC, "-o", str(plan)]
+    prepare = ["espresso", "prepare", *options, *script(args.seeds[0])]
     run_logged(wrap(prepare, None), home / "prepare.log", env, "espresso prepare", console)
     planned = [train("planned", seed, ["--espresso_config", str(plan)]) for seed in args.seeds]
-    run_logged(["espresso", "explain", str(plan)], home / "explain.txt", env, "espresso explain", console)
+    picture = home / "timelines.png"
+    explain = ["espresso", "explain", str(plan), "--picture", str(picture)]
+    run_logged(explain, home / "explain.txt", env, "espresso explain", console)
     console.print((home / "explain.txt").read_text(), markup=False, highlight=False)
 
     comparison = report.compare(plain, planned, plan, rate=args.rate if emulated else "none, local ranks")
     write_json(home / "report.json", comparison.as_json())
-    report.draw_timelines(plan, home, home / "timelines.png")
     console.print(report.table(comparison))
-    console.print(f"Picture of both timelines: {home / 'timelines.png'}; figures: {home / 'report.json'}")
+    console.print(f"Picture of both timelines: {picture}; figures: {home / 'report.json'}")
     console.print(f"Total time {(time.monotonic() - started) / 60:.1f} minutes.")
 
 

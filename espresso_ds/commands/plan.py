@@ -96,6 +96,6 @@ def describe(plan: Plan) -> str:
             f"({gain:.2f}x DeepSpeed's {predicted.stock_s:.3f} s)"
         )
     return (
-        f"{compressed} of {len(plan.tensors)} tensors compressed; expected step {predicted.planned_s:.3f} s instead of {predicted.stock_s:.3f} s "
-        f"({gain:.2f}x), {predicted.compute_s:.3f} s without any synchronisation"
+        f"{compressed} of {len(plan.tensors)} tensors compressed; expected step {predicted.planned_s:.3f} s instead of "
+        f"{predicted.stock_s:.3f} s ({gain:.2f}x), {predicted.compute_s:.3f} s without any synchronisation"
     )

@@ -1,4 +1,4 @@
-"""`espresso prepare`: trace the script, profile the cluster and the codec, decide, and write plan.json. Skips what it is given."""
+"""`espresso prepare`: trace the script, profile cluster and codec, decide, and write plan.json. Skips what it is given."""
 
 from __future__ import annotations
 

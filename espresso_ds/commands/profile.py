@@ -99,7 +99,8 @@ def describe_compressor(profile: CompressorProfile) -> str:
     for times in profile.devices:
         nbytes = 4 * times.numel[-1]
         parts.append(
-            f"{times.device}: {nbytes / times.encode_s[-1] / 1e9:.2f} GB/s encoding, {nbytes / times.decode_s[-1] / 1e9:.2f} GB/s decoding, "
-            f"payload {100 * times.payload_nbytes[-1] / nbytes:.2f}% (at {times.numel[-1]} elements), contention {times.contention:.2f}"
+            f"{times.device}: {nbytes / times.encode_s[-1] / 1e9:.2f} GB/s encoding, "
+            f"{nbytes / times.decode_s[-1] / 1e9:.2f} GB/s decoding, payload {100 * times.payload_nbytes[-1] / nbytes:.2f}% "
+            f"(at {times.numel[-1]} elements), contention {times.contention:.2f}"
         )
     return f"{profile.compressor.label}: {'; '.join(parts)}"

@@ -62,7 +62,8 @@ def trace_script(args: argparse.Namespace, out: Path, report: Report) -> ModelTr
     run_job(script_command(args, args.script), log, report, env, args.timeout)
     if not out.exists():
         raise FileError(
-            f"the script ended without {args.steps + 3} optimizer steps on a DeepSpeed engine; train longer, or lower --steps; its output is in {log}"
+            f"the script ended without {args.steps + 3} optimizer steps on a DeepSpeed engine; "
+            f"train longer, or lower --steps; its output is in {log}"
         )
     return ModelTrace.load(out)
 
@@ -71,5 +72,5 @@ def describe(trace: ModelTrace) -> str:
     """One line about a trace."""
     return (
         f"{trace.model}, {len(trace.tensors)} tensors, {sum(t.numel for t in trace.tensors) / 1e6:.2f}M parameters on "
-        f"{trace.world_size} ranks: {trace.compute_s:.3f} s a step without synchronisation, {trace.backward_s:.3f} s of it the backward"
+        f"{trace.world_size} ranks: {trace.compute_s:.3f} s a step without synchronisation, backward {trace.backward_s:.3f} s"
     )

@@ -1,9 +1,9 @@
 """Casts to fp16 and bf16, rounding to nearest even.
 
-Error per element, contractive: at most 2**-11 |x| (fp16) or 2**-8 |x| (bf16) within the normal range; what underflows is rounded to a
-subnormal or to zero, which leaves an error of at most |x|; finite values beyond the largest of the format are sent as that largest, so that the
-error memory stays finite, while Inf and NaN stay what they are. Biased, deterministic. Payload: 2 n bytes; payloads may be summed in
-their own dtype (the sum may overflow to Inf, which shows).
+Error per element, contractive: at most 2**-11 |x| (fp16) or 2**-8 |x| (bf16) within the normal range; what underflows is
+rounded to a subnormal or to zero, which leaves an error of at most |x|; finite values beyond the largest of the format are
+sent as that largest, so that the error memory stays finite, while Inf and NaN stay what they are. Biased, deterministic.
+Payload: 2 n bytes; payloads may be summed in their own dtype (the sum may overflow to Inf, which shows).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """RandomK with a seed shared by all ranks (Stich et al., "Sparsified SGD with Memory", NeurIPS 2018): k elements, values only.
 
-The seed fixes the indices on every rank, so no index travels and payloads may be summed. The sample is stratified: [0, n) is cut into k
-strata of floor or ceil(n / k) elements and one element is drawn from each. Every element is kept with probability 1 / |its stratum|, about
-k / n, as in a uniform sample; the indices are distinct and sorted by construction and cost O(k), where a uniform sample costs O(n) or a hash set.
+The seed fixes the indices on every rank, so no index travels and payloads may be summed. The sample is stratified: [0, n) is
+cut into k strata of floor or ceil(n / k) elements and one element is drawn from each. Every element is kept with probability
+1 / |its stratum|, about k / n, as in a uniform sample; the indices are distinct and sorted by construction and cost O(k),
+where a uniform sample costs O(n) or a hash set.
 
 Values are sent unscaled, thus biased (scaled by n / k they would be unbiased, but not contractive) and contractive in the mean:
 E |x - decode|^2 <= (1 - 1/ceil(n/k)) |x|^2. A single draw may keep only zeros. Meant for error feedback.
@@ -38,15 +39,13 @@ class RandomK(Codec):
     def encode(self, x: Tensor, payload: Tensor, seed: int, error: Tensor | None = None) -> None:
         """Gather. NaN or Inf among the elements not drawn would stay unseen, so the first value is then made NaN."""
         index = stratified(x.numel(), kept(self.density, x.numel()), seed).to(x.device)
-        drawn = x[index]
-        values = payload.view(torch.float32)
-        values.copy_(drawn)
+        values = torch.index_select(x, 0, index, out=payload.view(torch.float32))
         if not all_finite(x):
             values[0] = torch.nan
         if error is not None:
             if error is not x:
                 error.copy_(x)
-            error[index] = drawn - values
+            error.index_add_(0, index, values, alpha=-1)
 
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Draw the same indices and scatter."""

@@ -1,4 +1,5 @@
-"""EF-SignSGD: one bit per element and the mean magnitude (Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019, algorithm 2).
+"""EF-SignSGD: one bit per element and the mean magnitude (Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019,
+algorithm 2).
 
 decode = scale * sign(x) with scale = |x|_1 / n, sign(0) = +1 and sign(-0) = -1.
 Biased, contractive: |x - decode|^2 = |x|^2 - |x|_1^2 / n <= (1 - 1/n) |x|^2, since |x|_1 >= |x|.
@@ -29,9 +30,7 @@ class EFSignSGD(Codec):
 
     def encode(self, x: Tensor, payload: Tensor, seed: int, error: Tensor | None = None) -> None:
         """Two passes: the scale, then signs and error together. The scale of a tensor with NaN or Inf is NaN or Inf."""
-        scale = payload[:4].view(torch.float32)[0]
-        scale.copy_(abs_sum(x) / x.numel())
-        table = sign_table(scale)
+        table = sign_table(payload[:4].view(torch.float32).fill_(abs_sum(x) / x.numel()))
         for span in spans(x):
             signs = payload[_bytes(span)]
             pack_signs(x[span], signs)
@@ -40,7 +39,7 @@ class EFSignSGD(Codec):
 
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Add +scale or -scale, eight elements per table look-up."""
-        table = sign_table(payload[:4].view(torch.float32)[0])
+        table = sign_table(payload[:4].view(torch.float32))
         for span in spans(out):
             out[span].add_(unpack_signs(payload[_bytes(span)], table, span.stop - span.start))
 

@@ -1,11 +1,13 @@
 """TopK: the k elements of largest magnitude (Aji & Heafield, EMNLP 2017; Stich et al., NeurIPS 2018).
 
-Exact and deterministic: among equal magnitudes the lowest index is kept, NaN counts as larger than Inf, and there are always k distinct
-indices, zeros included, so that the payload's size is fixed by n. Biased, contractive: |x - decode|^2 <= (1 - k/n) |x|^2.
+Exact and deterministic: among equal magnitudes the lowest index is kept, NaN counts as larger than Inf, and there are always
+k distinct indices, zeros included, so that the payload's size is fixed by n. Biased, contractive: |x - decode|^2 <= (1 - k/n)
+|x|^2.
 
-Payload: 6 k + 4 ceil(n / 65536) bytes, k = max(1, round(density n)): values (fp32), how many are in each block of 65536 elements (int32), and
-their places within the block (uint16), ascending. Two bytes per index instead of four. Values stay fp32: fp16 would shorten the payload by a third,
-but it rounds and overflows, and then the error would no longer be `x with zeros`, which costs nothing to compute.
+Payload: 6 k + 4 ceil(n / 65536) bytes, k = max(1, round(density n)): values (fp32), how many are in each block of 65536
+elements (int32), and their places within the block (uint16), ascending. Two bytes per index instead of four. Values stay
+fp32: fp16 would shorten the payload by a third, but it rounds and overflows, and then the error would no longer be `x with
+zeros`, which costs nothing to compute.
 """
 
 from __future__ import annotations
@@ -47,13 +49,12 @@ class TopK(Codec):
         """Select, gather; the error is x with zeros where it was selected."""
         values, counts, places = self._fields(payload, x.numel())
         index = largest(x, values.numel())
-        chosen = x[index]
-        values.copy_(chosen)
+        torch.index_select(x, 0, index, out=values)
         split_index(index, counts, places)
         if error is not None:
             if error is not x:
                 error.copy_(x)
-            error[index] = chosen - chosen  # zero, and NaN where x is not finite
+            error.index_add_(0, index, values, alpha=-1)  # zero, and NaN where x is not finite
 
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Scatter; indices are distinct."""
@@ -98,8 +99,9 @@ def _largest_torch(x: Tensor, k: int) -> Tensor:
 def _largest_numpy(x: np.ndarray, k: int) -> np.ndarray:
     """Collect candidates above a threshold guessed from a sample, and select exactly among them.
 
-    If at least k magnitudes reach the guess, the k largest are among the candidates, whatever the guess: it decides the speed, never
-    the result. Too high a guess is lowered; the last one, 1, takes all that is not zero, and zeros fill what is missing.
+    If at least k magnitudes reach the guess, the k largest are among the candidates, whatever the guess: it decides the
+    speed, never the result. Too high a guess is lowered; the last one, 1, takes all that is not zero, and zeros fill what is
+    missing.
     """
     n = len(x)
     size = min(n, max(n // 16, 1 << 12), _SAMPLE)

@@ -1,8 +1,8 @@
 """The start-up hook: runs in every Python process of the environment, so it imports nothing but `sys` and does next to nothing.
 
-A `.pth` file next to the package imports this module when the interpreter starts. It puts a finder on `sys.meta_path` that waits for
-`deepspeed` and its launcher to be imported, and then hands the finished module to `deepspeed_patch`. Where deepspeed is never imported,
-nothing else happens. Why this way and not another: docs/design.md, "How the plan reaches the workers".
+A `.pth` file next to the package imports this module when the interpreter starts. It puts a finder on `sys.meta_path` that
+waits for `deepspeed` and its launcher to be imported, and then hands the finished module to `deepspeed_patch`. Where deepspeed
+is never imported, nothing else happens. Why this way and not another: docs/design.md, "How the plan reaches the workers".
 """
 
 from __future__ import annotations

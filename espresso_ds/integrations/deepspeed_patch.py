@@ -1,7 +1,7 @@
 """What changes in DeepSpeed when it is imported: its launcher learns `--espresso_config`, and `initialize` applies the plan.
 
-Two places, both public: `deepspeed.launcher.runner.parse_args` and `deepspeed.initialize`. Standard library only, since every process
-that imports deepspeed comes through here; all else is imported when a plan is there.
+Two places, both public: `deepspeed.launcher.runner.parse_args` and `deepspeed.initialize`. Standard library only, since every
+process that imports deepspeed comes through here; all else is imported when a plan is there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -43,7 +44,7 @@ def _with_flag(parse_args: Callable[..., argparse.Namespace]) -> Callable[..., a
 
 
 class _FlagInParser:
-    """While active, each ArgumentParser gets our flag before it parses: argparse itself then tells launcher flags from script flags."""
+    """While active, ArgumentParsers get our flag before they parse: argparse itself tells launcher flags from script flags."""
 
     def __enter__(self) -> None:
         self._original = original = argparse.ArgumentParser.parse_args
@@ -77,11 +78,11 @@ def _export_plan(parsed: argparse.Namespace) -> None:
 
 def _is_launcher_main() -> bool:
     words = sys.orig_argv
-    return any(word == "-m" and following == _LAUNCHER for word, following in zip(words, words[1:], strict=False))
+    return ("-m", _LAUNCHER) in pairwise(words)
 
 
 def _patch_main_launcher() -> None:
-    """`python -m deepspeed.launcher.runner` runs that file as __main__ without importing it, so its parser is met by its description."""
+    """`python -m deepspeed.launcher.runner` runs that file without importing it, so its parser is known by its description."""
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:

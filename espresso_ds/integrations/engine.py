@@ -37,7 +37,8 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
         fault: why this rank has no usable plan, to be raised on all ranks.
 
     Raises:
-        EspressoError: the same one on every rank: a bad plan, one made for something else, an unsupported engine, ranks that disagree.
+        EspressoError: the same one on every rank: a bad plan, one made for something else, an unsupported engine, or ranks that
+            disagree.
     """
     control = dist.new_group(backend="gloo")
     agreement = Agreement(control)
@@ -152,7 +153,8 @@ def _banner(source: Source) -> str:
     compressed = sum(Option.parse(tensor.option).compresses for tensor in plan.tensors)
     predicted = plan.predicted
     return (
-        f"espresso: plan active ({source.where}): {compressed} of {len(plan.tensors)} tensors compressed with {plan.compressor.label}, "
+        f"espresso: plan active ({source.where}): {compressed} of {len(plan.tensors)} tensors compressed with "
+        f"{plan.compressor.label}, "
         f"{predicted.planned_bytes / 1e6:.2f} MB sent per rank and step instead of {predicted.uncompressed_bytes / 1e6:.2f} MB, "
         f"expected step {predicted.planned_s:.3f} s (DeepSpeed alone: {predicted.stock_s:.3f} s)"
     )

@@ -1,4 +1,4 @@
-"""What we read from a DeepSpeed engine: its parameters, the settings that step times depend on, and whether a plan can be kept under it."""
+"""What we read from a DeepSpeed engine: parameters, settings that step times depend on, and whether a plan can be kept."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def check_supported(engine: Any) -> None:
         import deepspeed
 
         raise UnsupportedError(
-            f"deepspeed {deepspeed.__version__}: its engine has no {missing[0]}(); espresso_ds works with deepspeed 0.19.8 and its successors "
-            "that keep it: install `deepspeed>=0.19.8,<0.20`"
+            f"deepspeed {deepspeed.__version__}: its engine has no {missing[0]}(); espresso_ds works with 0.19.8 and "
+            "successors that keep it: install `deepspeed>=0.19.8,<0.20`"
         )
     stage = int(engine.zero_optimization_stage())
     faults = [
@@ -99,7 +99,8 @@ def check_made_for(plan: Plan, engine: Any, nodes: int, ranks_per_node: int, whe
     made = plan.made_for
     if (made.nodes, made.ranks_per_node) != (nodes, ranks_per_node):
         raise MismatchError(
-            f"{where} was made for {made.nodes} hosts x {made.ranks_per_node} ranks, this run has {nodes} x {ranks_per_node}; {mend}"
+            f"{where} was made for {made.nodes} hosts x {made.ranks_per_node} ranks, "
+            f"this run has {nodes} x {ranks_per_node}; {mend}"
         )
     here = timing_config(engine)
     for key in made.config.keys() | here.keys():

@@ -1,4 +1,4 @@
-"""Where a run's plan comes from: the launcher's environment, or the "espresso" block of the config given to `deepspeed.initialize`.
+"""Where a run's plan comes from: the launcher's environment, or the "espresso" block of the config of `deepspeed.initialize`.
 
 The launcher puts the whole file into `ESPRESSO_PLAN` (gzip, URL-safe base64: no launcher quotes or splits such text), so the plan
 needs no shared file system; `ESPRESSO_CONFIG` names the file and serves where the text would not fit into one variable, and for
@@ -80,7 +80,7 @@ def choose(env: Source | None, ds_config: dict[str, Any] | None, where: str) -> 
         other = plan_of(block, where)
         if other.seal != env.plan.seal:
             raise MismatchError(
-                f"two plans: {env.where} (seal {env.plan.seal}) from the launcher and {where} (seal {other.seal}) in the script's config; "
-                "keep one of them"
+                f"two plans: {env.where} (seal {env.plan.seal}) from the launcher and {where} (seal {other.seal}) in the "
+                "script's config; keep one of them"
             )
     return env

@@ -1,7 +1,7 @@
 """`espresso trace` inside the user's own script: times some steps without synchronisation, writes the trace, ends the script.
 
-Each rank trains on its own data alone meanwhile, so what it computes is thrown away; nothing is saved by us, and the script ends by
-SystemExit(0) from `engine.step()` before it can save.
+Each rank trains on its own data alone meanwhile, so what it computes is thrown away; nothing is saved by us, and the script
+ends by SystemExit(0) from `engine.step()` before it can save.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def in_wire_order(trace: ModelTrace) -> ModelTrace:
 
 
 def candidate_options(trace: ModelTrace, compressors: CompressorProfile) -> tuple[Option, ...]:
-    """The options to choose from: the flat tree over the measured devices that training has, and sums of payloads where they exist.
+    """The options to choose from: the flat tree over the measured devices that training has, and sums of payloads.
 
     Raises:
         FileError: codecs were measured on no device that training has.
@@ -101,8 +101,8 @@ def candidate_options(trace: ModelTrace, compressors: CompressorProfile) -> tupl
     devices = [device for device in usable if device in measured]
     if not devices:
         raise FileError(
-            f"compressor profile: measured on {', '.join(sorted(measured)) or 'no device'}, but the model was traced on {trace.device}; "
-            f"measure there with `{CompressorProfile.MADE_BY}`"
+            f"compressor profile: measured on {', '.join(sorted(measured)) or 'no device'}, but the model was traced on "
+            f"{trace.device}; measure there with `{CompressorProfile.MADE_BY}`"
         )
     return flat_options(devices) + (summable_options(devices) if compressors.summable else ())
 

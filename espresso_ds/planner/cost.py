@@ -1,7 +1,7 @@
 """What every action costs: seconds on a resource and bytes sent, from measured samples only (E 4.3, "empirical models").
 
-`Costs.walk` follows one tensor through the actions of an option, with the runtime's state: dense values or payload rows, the whole
-tensor or this rank's shard of it. W is the number of ranks, n the number of elements, m = ceil(n / W) a shard.
+`Costs.walk` follows one tensor through the actions of an option, with the runtime's state: dense values or payload rows, the
+whole tensor or this rank's shard of it. W is the number of ranks, n the number of elements, m = ceil(n / W) a shard.
 
 | action          | works on                       | takes                  | mean bytes sent per rank |
 |-----------------|--------------------------------|------------------------|--------------------------|
@@ -15,9 +15,10 @@ tensor or this rank's shard of it. W is the number of ranks, n the number of ele
 | RD, GA          | tensor; a row, the root gets W | RD, GA of its bytes    | (W-1)/W of them          |
 | BC              | tensor, or r rows of the root  | BC of its bytes        | (W-1)/W of them          |
 
-Bytes sent are means over ranks, and roots rotate from unit to unit: all but the root send once in RD and GA, and in BC all but the
-root receive once. The bandwidth-optimal algorithm is counted for AR. Seconds are those of the busiest rank: a root's codec work is
-charged in full, although only every W-th unit has its root here. Rows are padded to 16 bytes on the wire; that is not counted.
+Bytes sent are means over ranks, and roots rotate from unit to unit: all but the root send once in RD and GA, and in BC all but
+the root receive once. The bandwidth-optimal algorithm is counted for AR. Seconds are those of the busiest rank: a root's codec
+work is charged in full, although only every W-th unit has its root here. Rows are padded to 16 bytes on the wire; that is not
+counted.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import NamedTuple
 
 from ..core.errors import FileError, nearest
@@ -129,7 +131,7 @@ class Costs:
         return _codec_seconds(times.numel, times.decode_s, numel)
 
     def payload_nbytes(self, device: Device, numel: int) -> float:
-        """Bytes of the payload of `numel` elements: straight lines through the measured sizes, at both ends too. Raises FileError."""
+        """Bytes of one payload of `numel` elements: straight lines through measured sizes, at both ends too. Raises FileError."""
         times = self._times(device)
         return max(1.0, _line(times.numel, times.payload_nbytes, numel))
 
@@ -222,6 +224,5 @@ def _check_samples(where: str, xs: Sequence[int], *columns: Sequence[float]) -> 
     if not xs or any(len(column) != len(xs) for column in columns):
         lengths = ", ".join(str(len(column)) for column in (xs, *columns))
         raise FileError(f"{where}: sample columns have lengths {lengths}, which must be equal and not 0; measure again")
-    if any(after <= before for before, after in zip(xs, xs[1:], strict=False)):
+    if any(after <= before for before, after in pairwise(xs)):
         raise FileError(f"{where}: sample sizes {list(xs)} do not ascend; measure again")
-

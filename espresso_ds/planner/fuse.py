@@ -14,6 +14,7 @@ from .cost import Costs
 from .decide import ROUNDING
 from .timeline import Unit, iteration_time
 
+
 def singles(trace: ModelTrace, option: Option = UNCOMPRESSED) -> list[Unit]:
     """A unit for every tensor, in the order of the trace."""
     return [Unit.of(trace, index, index + 1, option) for index in range(len(trace.tensors))]

@@ -2,12 +2,13 @@
 
 Fusing changes what compression is worth and compression changes what fusing is worth, so that neither can simply go first.
 Algorithm 1 on single tensors pays a latency for every small one, and options that differ between neighbours keep them from being
-fused. Fusing first, on the slow uncompressed timeline, makes buffers so large that, once compressed, they can no longer hide under
-the backward. Hence a few starts, each improved by Algorithm 1 and fusing in turn, and the one with the least F(S) is kept:
+fused. Fusing first, on the slow uncompressed timeline, makes buffers so large that, once compressed, they can no longer hide
+under the backward. Hence a few starts, each improved by Algorithm 1 and then fused, of which the one with the least F(S) is kept
+and improved again until it gains no more:
 
     single   every tensor by itself, uncompressed: Algorithm 1 as published
-    fused    the best uncompressed plan
-    buckets  tensors gathered up to a size, for each of BUCKETS; once uncompressed, once all with the option that suits that size best
+    fused    the best plan of allreduces alone
+    buckets  tensors gathered up to a size, for each of BUCKETS; once uncompressed, once with the one option that suits best
 
 All is deterministic; of equal plans the first is kept.
 """
@@ -60,25 +61,27 @@ def plan_compressed(
     """
     best, best_s = list(uncompressed), iteration_time(uncompressed, trace, costs)
     limit = best_s * (1 - WORTHWHILE)
+    if trace.compute_s >= limit:
+        return best  # even synchronisation that takes no time would not be worth it
     starts = list(_starts(options, trace, costs, uncompressed))
     for done, start in enumerate(starts):
         progress(f"planning in {len(start)} units", done, len(starts))
-        units = improve(start, options, trace, costs)
-        time = iteration_time(units, trace, costs)
-        if time < best_s and (time <= limit or not any(unit.option.compresses for unit in units)):
+        units, time = _round(start, options, trace, costs)
+        if time < best_s:
             best, best_s = units, time
-    return best
-
-
-def improve(units: Sequence[Unit], options: Sequence[Option], trace: ModelTrace, costs: Costs) -> list[Unit]:
-    """Algorithm 1, then fuse, in turn until F(S) falls no more. Raises FileError (a cost was not measured)."""
-    best, time = list(units), float("inf")
     while True:
-        units = fuse(drop_idle(decide(best, options, trace, costs), trace, costs), trace, costs)
-        new_time = iteration_time(units, trace, costs)
-        if new_time >= time * (1 - ROUNDING):
-            return best
-        best, time = units, new_time
+        units, time = _round(best, options, trace, costs)
+        if time >= best_s * (1 - ROUNDING):
+            break
+        best, best_s = units, time
+    return best if best_s <= limit else list(uncompressed)
+
+
+def _round(units: Sequence[Unit], options: Sequence[Option], trace: ModelTrace, costs: Costs) -> tuple[list[Unit], float]:
+    """Algorithm 1, then fuse; the units and their F(S)."""
+    decided = drop_idle(decide(units, options, trace, costs), trace, costs)
+    fused = fuse(decided, trace, costs)
+    return fused, iteration_time(fused, trace, costs)
 
 
 def partitions(trace: ModelTrace) -> Iterator[list[Unit]]:
@@ -91,9 +94,7 @@ def partitions(trace: ModelTrace) -> Iterator[list[Unit]]:
         last = units
 
 
-def _starts(
-    options: Sequence[Option], trace: ModelTrace, costs: Costs, uncompressed: Sequence[Unit]
-) -> Iterator[Sequence[Unit]]:
+def _starts(options: Sequence[Option], trace: ModelTrace, costs: Costs, uncompressed: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
     yield singles(trace)
     yield uncompressed
     for units in partitions(trace):

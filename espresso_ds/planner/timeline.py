@@ -8,12 +8,13 @@ after the last routine one more lane decompresses:
     lane 1                    | D C a, issue AG a | D C b, issue AG b | ...
     lane 2                                        | D a               | D b | ...
 
-A lane takes units in plan order and serves one at a time: the next only when the last has issued (or is done). All lanes share the
-link and the CPU, which serve whoever asks first, the earlier unit where two ask at once.
+A lane takes units in plan order and serves one at a time: the next only when the last has issued (or is done). All lanes share
+the link and the CPU, which serve whoever asks first, the earlier unit where two ask at once.
 
 Codec work slows the backward down. On the tensor's own GPU the backward stands still meanwhile (the paper's GPU compression; work
-that arrives within the backward of a tensor is served at once and not after it). On the CPU the backward proceeds at 1 - contention
-of its speed, so that a second of codec work delays it by `contention` seconds. Once the backward has ended nothing is delayed.
+that arrives within the backward of a tensor is served at once and not after it). On the CPU the backward proceeds at
+1 - contention of its speed, so that a second of codec work delays it by `contention` seconds. Once the backward has ended nothing
+is delayed.
 
     F(S) = forward + max(end of backward, end of the last synchronisation) + after
 
@@ -57,7 +58,9 @@ class Unit:
         """The unit of `trace.tensors[start:stop]`, which must have one dtype (FileError otherwise)."""
         tensors = trace.tensors[start:stop]
         if odd := next((t for t in tensors if t.dtype != tensors[0].dtype), None):
-            raise FileError(f"tensors {tensors[0].name!r} ({tensors[0].dtype}) and {odd.name!r} ({odd.dtype}) cannot share a unit")
+            raise FileError(
+                f"tensors {tensors[0].name!r} ({tensors[0].dtype}) and {odd.name!r} ({odd.dtype}) cannot share a unit"
+            )
         return cls(start, stop, sum(t.numel for t in tensors), tensors[0].dtype, max(t.ready_s for t in tensors), option)
 
     def name(self, trace: ModelTrace) -> str:
@@ -152,7 +155,7 @@ def simulate(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> Timeline
 
 
 def stock_time(trace: ModelTrace, costs: Costs) -> float:
-    """Seconds of a step of DeepSpeed's stage 0 as it is: after the whole backward, allreduce bucket by bucket. Raises FileError."""
+    """Seconds of a step of DeepSpeed's stage 0 as it is: allreduces, bucket by bucket, after backward. Raises FileError."""
     buckets: dict[str, list[int]] = {}
     for tensor in trace.tensors:
         sizes = buckets.setdefault(tensor.dtype, [0])
@@ -219,7 +222,7 @@ def _run(
     """Play the units through lanes and resources, event by event; return the ends of backward and of the last synchronisation.
 
     Times count from the start of backward. The next event is the next unit becoming ready or one of the three resources
-    finishing; the earlier unit goes first where two fall together. With `log`, every step is kept as (unit, resource, start, end).
+    finishing; the earlier unit goes first where two fall together. With `log`, each step is kept as (unit, resource, start, end).
     """
     count = len(walks)
     targets = [*ready_s, backward_s]  # how far backward must be; the last entry is its end

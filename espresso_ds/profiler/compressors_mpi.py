@@ -5,7 +5,20 @@ Ranks that share a host's cores and memory then measure what they will get in tr
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ..core.config import CompressorSettings
+from ..core.errors import EspressoError, FileError
 from ..core.profile import CodecTimes, CompressorProfile, ModelTrace
+from .compressors import geometric_sizes, profile_compressors
+from .rendezvous import joined
+
+_TIMEOUT_S = 120.0
 
 
 def slowest(profiles: list[CompressorProfile]) -> CompressorProfile:
@@ -25,7 +38,47 @@ def slowest(profiles: list[CompressorProfile]) -> CompressorProfile:
 
 
 def sizes_of(trace: ModelTrace) -> list[int]:
-    """Sizes that codecs will meet: the largest tensor, its shards, and the whole model (fused)."""
+    """Sizes up to that of the whole model (fused into one buffer), with the largest tensor and its shards exactly."""
     total = sum(tensor.numel for tensor in trace.tensors)
     largest = max(tensor.numel for tensor in trace.tensors)
-    return sorted({largest, -(-largest // trace.world_size), total})
+    return sorted({*geometric_sizes(total), largest, -(-largest // trace.world_size)})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank; returns the exit status. Rank 0 prints `@progress` lines and writes the profile."""
+    parser = argparse.ArgumentParser(prog="python -m espresso_ds.profiler.compressors_mpi")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="where rank 0 writes the compressor profile")
+    parser.add_argument("--compressor", required=True, help="settings as JSON")
+    parser.add_argument("--trace", type=Path, help="model trace whose tensor sizes and thread count to measure with")
+    arguments = parser.parse_args(argv)
+    try:
+        try:
+            settings = CompressorSettings.model_validate_json(arguments.compressor)
+        except ValueError as error:
+            raise FileError(f"--compressor {arguments.compressor}: {error}") from None
+        trace = ModelTrace.load(arguments.trace) if arguments.trace else None
+        with joined(None, _TIMEOUT_S) as ranks:
+            profile = profile_compressors(
+                settings,
+                sizes=sizes_of(trace) if trace else None,
+                device=ranks.device,
+                progress=_print_progress if ranks.rank == 0 else None,
+                threads=trace.threads if trace else None,
+                barrier=dist.barrier,
+            )
+            profiles: list[CompressorProfile] = [profile] * ranks.world_size
+            dist.all_gather_object(profiles, profile)
+            if ranks.rank == 0:
+                slowest(profiles).save(arguments.output)
+    except EspressoError as error:
+        print(f"espresso profile compressors: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _print_progress(share: float, what: str) -> None:
+    print(f"@progress {share:.3f} {what}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,10 +19,11 @@ class Line(NamedTuple):
 
 
 def fit_line(nbytes: Sequence[int], seconds: Sequence[float]) -> Line:
-    """Fit alpha >= 0 and beta >= 0 by least squares of the relative errors.
+    """Fit alpha >= 0 and beta >= 0: of all lines through the largest size, the one that is off by the smallest factors elsewhere.
 
-    A relative error weighs a microsecond at 256 bytes as much as a second at 16 MB: small sizes set alpha and large ones beta,
-    whereas plain least squares would see the large ones alone.
+    Times span many powers of ten. Least squares would see the large sizes alone, or with relative errors be drawn to any size that
+    is faster than its neighbours. Here the largest size, which is nearly all bandwidth, is met exactly and so sets beta; a second
+    measurement sets alpha, chosen so that the sum of |log(fit / measured)| is least, which weighs all sizes alike.
 
     Args:
         nbytes: sizes, at least two different ones, shape (n,).
@@ -34,16 +35,16 @@ def fit_line(nbytes: Sequence[int], seconds: Sequence[float]) -> Line:
     size, time = np.asarray(nbytes, float), np.asarray(seconds, float)
     if size.shape != time.shape or len(set(nbytes)) < 2 or not (time > 0).all():
         raise EspressoError(f"no line goes through sizes {list(nbytes)} and times {list(seconds)}: measure two sizes or more")
-    columns = np.stack([1 / time, size / time], axis=1)  # (columns @ (alpha, beta) - 1) are the relative errors
-    fits = [_least_squares(columns, free) for free in ((0, 1), (0,), (1,))]
-    # A convex problem in two unknowns has its constrained minimum inside or on one of the two edges.
-    best = min((fit for fit in fits if (fit >= 0).all()), key=lambda fit: float(np.sum((columns @ fit - 1) ** 2)))
-    return Line(float(best[0]), float(best[1]), float(np.median(np.abs(columns @ best - 1))))
+    last = int(np.argmax(size))
+    lines = [(0.0, time[last] / size[last]), (time[last], 0.0)]
+    for n, t in zip(size, time, strict=True):
+        if n < size[last]:
+            beta = (time[last] - t) / (size[last] - n)
+            lines.append((t - beta * n, beta))
+    alpha, beta = min((line for line in lines if min(line) >= 0), key=lambda line: _misfit(line, size, time))
+    return Line(float(alpha), float(beta), float(np.median(np.abs(alpha + beta * size - time) / time)))
 
 
-def _least_squares(columns: np.ndarray, free: tuple[int, ...]) -> np.ndarray:
-    """Solve for the unknowns `free`, the other being zero."""
-    scale = np.linalg.norm(columns[:, free], axis=0)  # alpha's and beta's columns differ by many powers of ten
-    fit = np.zeros(2)
-    fit[list(free)] = np.linalg.lstsq(columns[:, free] / scale, np.ones(len(columns)), rcond=None)[0] / scale
-    return fit
+def _misfit(line: tuple[float, float], size: np.ndarray, time: np.ndarray) -> float:
+    """Sum of the absolute logarithms of fit / measured."""
+    return float(np.sum(np.abs(np.log((line[0] + line[1] * size) / time))))

@@ -19,11 +19,14 @@ Agree = Callable[[Sequence[float]], list[float]]
 
 @dataclass(frozen=True)
 class Probe:
-    """Something that takes time by size. `run(nbytes)` does it once, on all ranks at once, and returns this rank's seconds."""
+    """Something that takes time by size.
+
+    `run(nbytes, count)` does it `count` times in a row, on all ranks at once, and returns this rank's mean seconds.
+    """
 
     name: str
     sizes: tuple[int, ...]
-    run: Callable[[int], float]
+    run: Callable[[int, int], float]
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,11 @@ class Effort:
 
     grow_below_s: float = 0.12
     """The next size, usually four times as large, is tried only if this one took less."""
-    repeat_s: float = 0.02
-    """A size that takes less is repeated within a pass, up to `repeats` times."""
-    repeats: int = 5
-    budget_s: float = 20.0
+    row_s: float = 0.04
+    """A size that takes less is done several times in a row, up to `longest_row` times: under load, links lose the credit that
+    shapers and buffers give to a first short message."""
+    longest_row: int = 50
+    budget_s: float = 18.0
     """For all passes together; at least `passes[0]` and at most `passes[1]` are made."""
     passes: tuple[int, int] = (3, 9)
 
@@ -46,21 +50,21 @@ QUICK = Effort(grow_below_s=0.06, budget_s=5.0)
 
 @dataclass
 class _Cell:
-    """One probe at one size: how often it runs in a pass, and the agreed seconds of all runs so far."""
+    """One probe at one size: how often in a row it runs, and the agreed mean seconds of every pass so far."""
 
     probe: Probe
     nbytes: int
     expected_s: float
-    repeats: int
+    count: int
     samples: list[float] = field(default_factory=list)
 
     @property
     def pass_s(self) -> float:
-        return self.expected_s * self.repeats
+        return self.expected_s * self.count
 
 
 def measure(probes: Sequence[Probe], effort: Effort, agree: Agree, progress: Progress) -> list[dict[int, float]]:
-    """Median seconds by size of every probe, the slowest rank of each run counting.
+    """Median over the passes of the seconds by size of every probe; the slowest rank counts.
 
     The first run of a size only warms up: it touches memory, opens connections and decides whether a larger size is tried. Two
     sizes of every probe are measured in any case, or no line could be fitted.
@@ -76,11 +80,10 @@ def measure(probes: Sequence[Probe], effort: Effort, agree: Agree, progress: Pro
         done_s, seconds = 0.0, []
         for cell in cells:
             progress(0.2 + 0.8 * (number + done_s / pass_s) / passes, f"{cell.probe.name} {people_bytes(cell.nbytes)}")
-            seconds += [cell.probe.run(cell.nbytes) for _ in range(cell.repeats)]
+            seconds.append(cell.probe.run(cell.nbytes, cell.count))
             done_s += cell.pass_s
-        agreed = iter(agree(seconds))
-        for cell in cells:
-            cell.samples += [next(agreed) for _ in range(cell.repeats)]
+        for cell, slowest in zip(cells, agree(seconds), strict=True):
+            cell.samples.append(slowest)
     progress(1.0, "done")
     return [{cell.nbytes: median(cell.samples) for cell in cells if cell.probe is probe} for probe in probes]
 
@@ -96,12 +99,12 @@ def people_bytes(nbytes: int) -> str:
 def _find_sizes(probe: Probe, effort: Effort, agree: Agree) -> list[_Cell]:
     cells: list[_Cell] = []
     for nbytes in probe.sizes:
-        (seconds,) = agree([probe.run(nbytes)])
+        (seconds,) = agree([probe.run(nbytes, 1)])
         if seconds >= effort.grow_below_s:  # once more: a hiccup must not end the growth
-            (again,) = agree([probe.run(nbytes)])
+            (again,) = agree([probe.run(nbytes, 1)])
             seconds = min(seconds, again)
-        repeats = max(1, min(effort.repeats, int(effort.repeat_s / max(seconds, 1e-9))))
-        cells.append(_Cell(probe, nbytes, seconds, repeats))
+        count = max(1, min(effort.longest_row, int(effort.row_s / seconds)))
+        cells.append(_Cell(probe, nbytes, seconds, count))
         if seconds >= effort.grow_below_s and len(cells) >= 2:
             break
     return cells

@@ -18,7 +18,6 @@ _SMALLEST = 256
 _LARGEST = {Task.ALLREDUCE: 64 * _MIB, Task.REDUCE_SCATTER: 64 * _MIB}
 _LARGEST_OTHER = 16 * _MIB
 _MOST_GATHERED = 256 * _MIB  # memory for all rows of an allgather or gather
-_ROOT = 0
 _ACK_NBYTES = 64  # the smallest message of a link, and the answer to every message
 
 
@@ -47,15 +46,20 @@ def routine_sizes(task: Task, world: int) -> tuple[int, ...]:
 
 
 def routine_probe(task: Task, ranks: Ranks, buffers: Buffers) -> Probe:
-    """One routine over all ranks, as the runtime starts it and waits for it: sums of float32, rows of bytes."""
+    """One routine over all ranks, as the runtime starts it and waits for it: sums of float32, rows of bytes.
+
+    In a row, roots rotate, as they do from unit to unit in training. One root could run ahead of the others, and the mean would
+    lack the latency.
+    """
     start = _starter(task, ranks, buffers)
 
-    def run(nbytes: int) -> float:
+    def run(nbytes: int, count: int) -> float:
         _align(ranks)
         begin = time.perf_counter()
-        start(nbytes).wait(ranks.timeout_s)
+        for number in range(count):
+            start(nbytes, number % ranks.world_size).wait(ranks.timeout_s)
         _settle(ranks)
-        return time.perf_counter() - begin
+        return (time.perf_counter() - begin) / count
 
     return Probe(task.name.lower(), routine_sizes(task, ranks.world_size), run)
 
@@ -76,20 +80,19 @@ def link_probe(level: Level, pair: tuple[int, int], ranks: Ranks, buffers: Buffe
     answer = torch.zeros(_ACK_NBYTES, dtype=torch.uint8, device=ranks.device)
     group = ranks.group
 
-    def run(nbytes: int) -> float:
+    def run(nbytes: int, count: int) -> float:
         _align(ranks)
         begin = time.perf_counter()
         message = buffers.given[:nbytes]
-        if ranks.rank == sender:
-            group.send([message], receiver, 0).wait()
-            group.recv([answer], receiver, 0).wait()
-        elif ranks.rank == receiver:
-            group.recv([message], sender, 0).wait()
-            group.send([answer], sender, 0).wait()
-        else:
-            return 0.0
+        for _ in range(count if ranks.rank in pair else 0):
+            if ranks.rank == sender:
+                group.send([message], receiver, 0).wait()
+                group.recv([answer], receiver, 0).wait()
+            else:
+                group.recv([message], sender, 0).wait()
+                group.send([answer], sender, 0).wait()
         _settle(ranks)
-        return time.perf_counter() - begin
+        return (time.perf_counter() - begin) / count
 
     return Probe(f"{level} link", (_ACK_NBYTES, *(s for s in routine_sizes(Task.BROADCAST, 1) if s > _ACK_NBYTES)), run)
 
@@ -108,8 +111,8 @@ def largest(ranks: Ranks, seconds: list[float]) -> list[float]:
     return x.tolist()
 
 
-def _starter(task: Task, ranks: Ranks, buffers: Buffers) -> Callable[[int], routines.Started]:
-    """The routine as a function of the bytes that one rank puts in."""
+def _starter(task: Task, ranks: Ranks, buffers: Buffers) -> Callable[[int, int], routines.Started]:
+    """The routine as a function of the bytes that one rank puts in and of the root."""
     group, world, here = ranks.group, ranks.world_size, ranks.rank
     given, taken = buffers.given, buffers.taken
 
@@ -117,13 +120,13 @@ def _starter(task: Task, ranks: Ranks, buffers: Buffers) -> Callable[[int], rout
         return buffer[:nbytes].view(torch.float32)
 
     return {
-        Task.ALLREDUCE: lambda n: routines.allreduce(floats(given, n), group),
-        Task.REDUCE: lambda n: routines.reduce(floats(given, n), _ROOT, group),
-        Task.REDUCE_SCATTER: lambda n: routines.reduce_scatter(floats(taken, n // world), floats(given, n), group),
-        Task.BROADCAST: lambda n: routines.broadcast(given[:n], _ROOT, group),
-        Task.ALLGATHER: lambda n: routines.allgather(taken[: world * n], given[:n], group),
-        Task.ALLTOALL: lambda n: routines.alltoall(taken[:n], given[:n], group),
-        Task.GATHER: lambda n: routines.gather(taken[: world * n] if here == _ROOT else None, given[:n], _ROOT, group),
+        Task.ALLREDUCE: lambda n, root: routines.allreduce(floats(given, n), group),
+        Task.REDUCE: lambda n, root: routines.reduce(floats(given, n), root, group),
+        Task.REDUCE_SCATTER: lambda n, root: routines.reduce_scatter(floats(taken, n // world), floats(given, n), group),
+        Task.BROADCAST: lambda n, root: routines.broadcast(given[:n], root, group),
+        Task.ALLGATHER: lambda n, root: routines.allgather(taken[: world * n], given[:n], group),
+        Task.ALLTOALL: lambda n, root: routines.alltoall(taken[:n], given[:n], group),
+        Task.GATHER: lambda n, root: routines.gather(taken[: world * n] if here == root else None, given[:n], root, group),
     }[task]
 
 

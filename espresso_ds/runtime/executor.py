@@ -1,8 +1,8 @@
 """The interpreter of options: follows the actions of one unit, from this rank's gradient to the sum over all ranks (E 4.2).
 
-A unit's buffer `x` is flat and is both input and output. Between actions the unit is either dense (values in `x`) or packed (rows of
-payload bytes); it covers the whole tensor or, after a reduce-scatter or alltoall, this rank's shard of it. Schemes see only bytes:
-every routine moves whole rows, and what a row decodes into is known from the rank that it came from.
+A unit's buffer `x` is flat and is both input and output. Between actions the unit is either dense (values in `x`) or packed
+(rows of payload bytes); it covers the whole tensor or, after a reduce-scatter or alltoall, this rank's shard of it. Schemes see
+only bytes: every routine moves whole rows, and what a row decodes into is known from the rank that it came from.
 
 All ranks decode the same rows in rank order, so all end with the same bits.
 """
@@ -85,8 +85,8 @@ class Executor:
 
         Args:
             unit: what to synchronise.
-            x: shape (buffer_numel(unit),), contiguous; float32 where the option compresses, else any floating dtype. Elements past
-                `unit.numel` must be zero.
+            x: shape (buffer_numel(unit),), contiguous; float32 where the option compresses, else any floating dtype. Elements
+                past `unit.numel` must be zero.
             step: counts optimizer steps, equal on all ranks.
         """
         seed = (self._seed + (step * 2**20 + unit.index) * _SEED_MIX) % 2**63

@@ -45,7 +45,7 @@ class Job:
 
 
 class Lanes:
-    """The threads that carry jobs from lane to lane. `close` ends them; an error of a job reaches the thread that waits for it."""
+    """The threads that carry jobs from lane to lane. `close` ends them; a job's error reaches the thread that waits for it."""
 
     def __init__(self, count: int, timeout_s: float, on_thread_start: Callable[[], None] = lambda: None) -> None:
         self._timeout_s = timeout_s

@@ -6,12 +6,18 @@ Every function takes flat contiguous tensors of one dtype and device, with all b
 on one group have to come in the same order on all ranks; several may be in flight. Reductions are sums, and the sum of one
 element is computed in one place or in one order, so all ranks that get it get the same bits.
 
+On CUDA these are torch's own collectives. On the CPU (gloo) the routines that only move rows are sends and receives, with the
+receives posted first. In gloo's alltoall and allgather a rank that comes a moment late announces its receives behind its own
+outgoing bytes; the other rank sends only then, and a full-duplex link carries one direction at a time. Sends and receives also
+need no copy through a buffer of gloo's and none of its two worker threads. Gloo's reduce-scatter is an allreduce, at twice the bytes.
+
 The functions raise SyncError for buffers whose sizes don't fit, since gloo would read past them or leave a part of them out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -28,7 +34,7 @@ class Started:
     """A routine under way."""
 
     task: Task
-    work: dist.Work
+    works: list[dist.Work]
     on_cuda: bool
     then: Callable[[], object] | None = None
     """What is left to do on this rank once the bytes are here; done by the thread that waits."""
@@ -39,13 +45,16 @@ class Started:
         On CUDA the current stream waits and the calling thread does not: the deadline is then the group's own.
 
         Raises:
-            SyncError: the routine failed or `timeout_s` seconds have passed. The group is of no further use if it failed.
+            SyncError: the routine failed or `timeout_s` seconds have passed. The group is then of no further use.
         """
+        deadline = time.monotonic() + timeout_s
         try:
-            if self.on_cuda:
-                self.work.wait()
-            else:
-                self.work.wait(timedelta(seconds=timeout_s))
+            while self.works:
+                if self.on_cuda:
+                    self.works[-1].wait()
+                else:  # gloo takes no time at all, and less, for no deadline
+                    self.works[-1].wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+                self.works.pop()  # a send or receive may be waited for only once
         except RuntimeError as error:  # torch's one kind for everything that may go wrong here
             raise SyncError(f"{self.task.name.lower()}: {error}") from error
         then, self.then = self.then, None
@@ -56,24 +65,26 @@ class Started:
 def allreduce(x: Tensor, group: dist.ProcessGroup) -> Started:
     """Replace `x`, shape (n,), by its sum over all ranks."""
     _check(x)
-    return _started(Task.ALLREDUCE, x, group.allreduce([x]))
+    return Started(Task.ALLREDUCE, [group.allreduce([x])], x.is_cuda)
 
 
 def allgather(out: Tensor, inp: Tensor, group: dist.ProcessGroup) -> Started:
     """Fill `out`, shape (W * n,), with every rank's `inp`, shape (n,), in rank order."""
     _check(inp, whole=out, parts=group.size())
-    return _started(Task.ALLGATHER, inp, group._allgather_base(out, inp))
+    if inp.is_cuda:
+        return Started(Task.ALLGATHER, [group._allgather_base(out, inp)], inp.is_cuda)
+    return _exchange(Task.ALLGATHER, out.chunk(group.size()), [inp] * group.size(), group)
 
 
 def reduce_scatter(out: Tensor, inp: Tensor, group: dist.ProcessGroup, scratch: Tensor | None = None) -> Started:
     """Fill `out`, shape (n,), with the sum over all ranks of row `rank` of their `inp`, shape (W * n,).
 
-    On the CPU this is an alltoall and a sum in rank order, in the tensor's dtype: gloo's own reduce-scatter is a copy and an
-    allreduce, which sends twice the bytes. `scratch`, a buffer of its own as large as `inp`, saves an allocation there.
+    On the CPU this is an alltoall and a sum in rank order, in the tensor's dtype; `scratch`, a buffer of its own as large as
+    `inp`, saves an allocation there.
     """
     _check(out, whole=inp, parts=group.size())
-    if inp.device.type != "cpu":
-        return _started(Task.REDUCE_SCATTER, inp, group._reduce_scatter_base(out, inp))
+    if inp.is_cuda:
+        return Started(Task.REDUCE_SCATTER, [group._reduce_scatter_base(out, inp)], inp.is_cuda)
     received = torch.empty_like(inp) if scratch is None else scratch
     _check(received, whole=inp, parts=1)
 
@@ -84,7 +95,7 @@ def reduce_scatter(out: Tensor, inp: Tensor, group: dist.ProcessGroup, scratch: 
             out.add_(row)
 
     started = alltoall(received, inp, group)
-    return Started(Task.REDUCE_SCATTER, started.work, started.on_cuda, add_up)
+    return Started(Task.REDUCE_SCATTER, started.works, started.on_cuda, add_up)
 
 
 def reduce(x: Tensor, root: int, group: dist.ProcessGroup) -> Started:
@@ -92,7 +103,7 @@ def reduce(x: Tensor, root: int, group: dist.ProcessGroup) -> Started:
     _check(x)
     options = dist.ReduceOptions()
     options.rootRank = root
-    return _started(Task.REDUCE, x, group.reduce([x], options))
+    return Started(Task.REDUCE, [group.reduce([x], options)], x.is_cuda)
 
 
 def broadcast(x: Tensor, root: int, group: dist.ProcessGroup) -> Started:
@@ -100,7 +111,7 @@ def broadcast(x: Tensor, root: int, group: dist.ProcessGroup) -> Started:
     _check(x)
     options = dist.BroadcastOptions()
     options.rootRank = root
-    return _started(Task.BROADCAST, x, group.broadcast([x], options))
+    return Started(Task.BROADCAST, [group.broadcast([x], options)], x.is_cuda)
 
 
 def alltoall(out: Tensor, inp: Tensor, group: dist.ProcessGroup) -> Started:
@@ -108,7 +119,9 @@ def alltoall(out: Tensor, inp: Tensor, group: dist.ProcessGroup) -> Started:
     _check(out, whole=inp, parts=1)
     if inp.numel() % group.size():
         raise SyncError(f"alltoall: {inp.numel()} elements are not {group.size()} equal rows; pad the buffer")
-    return _started(Task.ALLTOALL, inp, group.alltoall_base(out, inp, [], []))
+    if inp.is_cuda:
+        return Started(Task.ALLTOALL, [group.alltoall_base(out, inp, [], [])], inp.is_cuda)
+    return _exchange(Task.ALLTOALL, out.chunk(group.size()), inp.chunk(group.size()), group)
 
 
 def gather(out: Tensor | None, inp: Tensor, root: int, group: dist.ProcessGroup) -> Started:
@@ -118,10 +131,13 @@ def gather(out: Tensor | None, inp: Tensor, root: int, group: dist.ProcessGroup)
             f"gather: rank {group.rank()} {'has an' if out is not None else 'has no'} output buffer, the root is {root}"
         )
     _check(inp, whole=out, parts=group.size())
-    rows = [] if out is None else [list(out.chunk(group.size()))]
-    options = dist.GatherOptions()
-    options.rootRank = root
-    return _started(Task.GATHER, inp, group.gather(rows, [inp], options))
+    rows = [] if out is None else list(out.chunk(group.size()))
+    if inp.is_cuda:
+        options = dist.GatherOptions()
+        options.rootRank = root
+        return Started(Task.GATHER, [group.gather([rows] if rows else [], [inp], options)], inp.is_cuda)
+    receivers = [inp if rank == root else None for rank in range(group.size())]
+    return _exchange(Task.GATHER, rows or [None] * group.size(), receivers, group)
 
 
 ROUTINES: dict[Task, Callable[..., Started]] = {
@@ -136,8 +152,20 @@ ROUTINES: dict[Task, Callable[..., Started]] = {
 """The function of every routine of `core.option`."""
 
 
-def _started(task: Task, x: Tensor, work: dist.Work) -> Started:
-    return Started(task, work, x.is_cuda)
+def _exchange(task: Task, out: Sequence[Tensor | None], inp: Sequence[Tensor | None], group: dist.ProcessGroup) -> Started:
+    """Receive row r of `out` from rank r and send it row r of `inp`, where these are given; CPU only.
+
+    Messages between two ranks keep their order, so routines in flight on one group don't mix.
+    """
+    rank, world = group.rank(), group.size()
+    own_out, own_inp = out[rank], inp[rank]
+    if own_out is not None and own_inp is not None:
+        own_out.copy_(own_inp)
+    peers = [(rank + shift) % world for shift in range(1, world)]  # each rank starts with another peer
+    # Receives first: see the top of this file.
+    works = [group.recv([row], peer, 0) for peer in reversed(peers) if (row := out[peer]) is not None]
+    works += [group.send([row], peer, 0) for peer in peers if (row := inp[peer]) is not None]
+    return Started(task, works, on_cuda=False)
 
 
 def _check(part: Tensor, whole: Tensor | None = None, parts: int = 1) -> None:

@@ -1,7 +1,7 @@
 """The device seam: CUDA streams and events in a few functions that do nothing on the CPU.
 
-On CUDA a lane's work runs on its thread's own stream: it first waits for the event recorded when the gradient became ready, and the
-training stream waits for all lanes in `join`.
+On CUDA a lane's work runs on its thread's own stream: it first waits for the event recorded when the gradient became ready,
+and the training stream waits for all lanes in `join`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Gradients become ready in any order and leave in the plan's: the glue between backward hooks and lanes.
 
-`ready` is called for each gradient as backward completes it; a unit is submitted once all its gradients are ready and all units before
-it have been submitted. `flush`, after backward, submits the rest and waits: then every `param.grad` holds the result.
+`ready` is called for each gradient as backward completes it; a unit is submitted once all its gradients are ready and all units
+before it have been submitted. `flush`, after backward, submits the rest and waits: then every `param.grad` holds the result.
 """
 
 from __future__ import annotations

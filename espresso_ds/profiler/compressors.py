@@ -1,0 +1,225 @@
+"""Micro-benchmark of one codec: encode and decode seconds by tensor size, and what codec work costs the computing beside it (E 4.4).
+
+What is timed is what the runtime will call: `Feedback.encode` and `Codec.decode_add`, nothing around them. In training a tensor's
+residual was last touched a step ago and has left the cache. So every timed call takes the next of several tensors, and all of a pool
+larger than usual caches is read before the first. Medians are reported, after one untimed call for each tensor. Gradients are Gaussian:
+TopK is somewhat faster on sparse ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from espresso_ds.compressors.base import Codec
+from espresso_ds.compressors.registry import make
+from espresso_ds.core.config import CompressorSettings
+from espresso_ds.core.option import Device
+from espresso_ds.core.profile import CodecTimes, CompressorProfile
+from espresso_ds.feedback import Feedback
+
+SMALLEST, LARGEST = 1 << 8, 1 << 24
+_POOL = 1 << 23
+"""Elements over which the tensors of one size are spread: 32 MiB."""
+_PHASE_S = 0.3
+_PHASE_NUMEL = 1 << 20
+_MATMUL = 384
+
+
+def geometric_sizes(largest: int = LARGEST) -> tuple[int, ...]:
+    """Sizes from 2^8 by factors of four, ending with `largest` (at most 2^24, beyond which time is proportional to size)."""
+    top = max(SMALLEST, min(largest, LARGEST))
+    return (*(1 << power for power in range(8, 25, 2) if 1 << power < top), top)
+
+
+def profile_compressors(
+    settings: CompressorSettings,
+    sizes: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    repeats: int = 9,
+    progress: Callable[[float, str], None] | None = None,
+    threads: int | None = None,
+    barrier: Callable[[], None] = lambda: None,
+) -> CompressorProfile:
+    """Time one codec, on the CPU and, where gradients live on an accelerator, on that too.
+
+    Args:
+        settings: codec and its feedback.
+        sizes: elements per tensor, in any order; `geometric_sizes()` if not given.
+        device: where gradients live.
+        repeats: timed calls per size, at least 1.
+        progress: called with the fraction done and what is being done.
+        threads: compute threads of a rank while contention is measured; torch's present number if not given.
+        barrier: joins the ranks of one host that measure at the same time, so that they are in each other's way as in training.
+
+    Raises:
+        FileError: the settings describe no codec.
+        ValueError: a size or `repeats` is below 1.
+    """
+    codec, device = make(settings), torch.device(device)
+    wanted = tuple(sorted(set(geometric_sizes() if sizes is None else sizes)))
+    if not wanted or wanted[0] < 1 or repeats < 1:
+        raise ValueError(f"sizes {wanted} and repeats {repeats} must be positive")
+    report = progress or (lambda fraction, what: None)
+    kinds = [torch.device("cpu"), *([device] if device.type != "cpu" else [])]
+    share = sum(wanted) + LARGEST / 4  # of one device; measuring contention takes about as long as timing 4M elements
+    times = []
+    for number, kind in enumerate(kinds):
+        encode, decode = [], []
+        for index, numel in enumerate(wanted):
+            fraction = (number + sum(wanted[:index]) / share) / len(kinds)
+            report(fraction, f"{settings.name} on {kind.type}: {numel:,} elements")
+            barrier()
+            encode_s, decode_s = _time(codec, settings, numel, kind, repeats)
+            encode.append(encode_s)
+            decode.append(decode_s)
+        report((number + sum(wanted) / share) / len(kinds), f"{settings.name} on {kind.type}: beside computing")
+        delay = measure_contention(codec, threads or torch.get_num_threads(), barrier, settings.feedback == "ef", kind)
+        times.append(
+            CodecTimes(
+                device=Device.CPU if kind.type == "cpu" else Device.GPU,
+                numel=wanted,
+                payload_nbytes=tuple(map(codec.payload_nbytes, wanted)),
+                encode_s=nondecreasing(encode),
+                decode_s=nondecreasing(decode),
+                contention=delay,
+            )
+        )
+    report(1.0, f"{settings.name}: done")
+    return CompressorProfile(compressor=settings, summable=codec.sum_dtype is not None, devices=tuple(times))
+
+
+def measure_contention(
+    codec: Codec,
+    threads: int,
+    barrier: Callable[[], None] = lambda: None,
+    feedback: bool = True,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Seconds by which one second of codec work in a background thread delays computing in this thread.
+
+    Four phases of about 0.3 s, each begun behind `barrier`: codec work alone, computing alone (matrix products with `threads` threads),
+    both at once, computing alone again, so that drift cancels. A second of codec work is as much of it as took a second alone. "Alone" is
+    alone within the rank: ranks that share a host call this together and are in each other's way in every phase.
+
+    0: codec and computing have cores of their own. 1: they take turns on one. More: they also take each other's caches and bandwidth.
+    """
+    device = torch.device(device)
+    call, before = _codec_call(codec, feedback, device), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        products = _calibrate(device)
+        barrier()
+        call_s = _repeat(call, device, lambda elapsed: elapsed >= _PHASE_S)[1]
+        barrier()
+        first = _multiply(products, device)
+        stop = threading.Event()
+        barrier()
+        with ThreadPoolExecutor(1) as pool:
+            background = pool.submit(_repeat, call, device, lambda elapsed: stop.is_set())
+            try:
+                together = _multiply(products, device)
+            finally:
+                stop.set()
+            busy_call_s = background.result()[1]
+        barrier()
+        second = _multiply(products, device)
+    finally:
+        torch.set_num_threads(before)
+    codec_s = together / busy_call_s * call_s
+    return max(0.0, (together - (first + second) / 2) / codec_s)
+
+
+def nondecreasing(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Lower every time to the least of the larger sizes: a disturbance only adds time, so the higher one is the wrong one."""
+    return tuple(min(seconds[i:]) for i in range(len(seconds)))
+
+
+def _time(codec: Codec, settings: CompressorSettings, numel: int, device: torch.device, repeats: int) -> tuple[float, float]:
+    """Median seconds of encoding with feedback, and of decoding onto a sum."""
+    tensors = max(1, min(repeats, _POOL // numel))
+    pool = torch.randn(max(_POOL, numel), generator=torch.Generator().manual_seed(numel)).mul_(1e-3).to(device)
+    stride = len(pool) // tensors // 16 * 16 if tensors > 1 else 0
+    grads = [pool[i * stride : i * stride + numel] for i in range(tensors)]
+    sums = [torch.zeros_like(grad) for grad in grads]
+    payloads = [torch.empty(codec.payload_nbytes(numel), dtype=torch.uint8, device=device) for _ in grads]
+    memory = Feedback(settings.feedback)
+    encode, decode = [], []
+    for turn in range(-tensors, repeats):
+        i = turn % tensors
+        if turn == 0:
+            pool.sum().item()
+        start = _now(device)
+        memory.encode(codec, grads[i], payloads[i], turn + tensors, str(i))
+        middle = _now(device)
+        codec.decode_add(payloads[i], sums[i], turn + tensors)
+        end = _now(device)
+        if turn >= 0:
+            encode.append(middle - start)
+            decode.append(end - middle)
+    return statistics.median(encode), statistics.median(decode)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _codec_call(codec: Codec, feedback: bool, device: torch.device) -> Callable[[], None]:
+    """One encoding and one decoding of a tensor of middling size."""
+    grad = torch.randn(_PHASE_NUMEL, generator=torch.Generator().manual_seed(0)).to(device)
+    out = torch.zeros_like(grad)
+    payload = torch.empty(codec.payload_nbytes(len(grad)), dtype=torch.uint8, device=device)
+    memory = Feedback("ef" if feedback else "none")
+
+    def call() -> None:
+        memory.encode(codec, grad, payload, 0, "")
+        codec.decode_add(payload, out, 0)
+
+    call()
+    return call
+
+
+def _repeat(call: Callable[[], None], device: torch.device, enough: Callable[[float], bool]) -> tuple[int, float]:
+    """Call until `enough(elapsed)`, on a stream of its own where the device has streams: (calls, seconds per call)."""
+    stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+    with stream:
+        start, calls = time.perf_counter(), 0
+        while True:
+            call()
+            calls += 1
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            elapsed = time.perf_counter() - start
+            if enough(elapsed):
+                return calls, elapsed / calls
+
+
+def _calibrate(device: torch.device) -> int:
+    """How many matrix products take about the time of a phase."""
+    _multiply(2, device)
+    trial = 10
+    return max(trial, round(trial * _PHASE_S / _multiply(trial, device)))
+
+
+def _multiply(products: int, device: torch.device) -> float:
+    """Seconds of so many products of square matrices."""
+    left: Tensor = torch.full((_MATMUL, _MATMUL), 1e-3, device=device)
+    out = torch.empty_like(left)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(products):
+        torch.mm(left, left, out=out)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return time.perf_counter() - start

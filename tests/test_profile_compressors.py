@@ -1,0 +1,124 @@
+"""The codec profile: complete, ordered, in a file and back. How fast anything is, is not asserted."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from espresso_ds.compressors.registry import CODECS, make
+from espresso_ds.core.config import CompressorSettings
+from espresso_ds.core.errors import FileError
+from espresso_ds.core.option import Device
+from espresso_ds.core.profile import CompressorProfile
+from espresso_ds.profiler import compressors
+from espresso_ds.profiler.compressors import geometric_sizes, measure_contention, nondecreasing, profile_compressors
+
+
+@pytest.fixture(autouse=True)
+def _short_phases(monkeypatch):
+    monkeypatch.setattr(compressors, "_PHASE_S", 0.02)
+    monkeypatch.setattr(compressors, "_POOL", 1 << 18)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_profile_of_every_codec(name, tmp_path):
+    settings = CompressorSettings(name=name, feedback="none" if name == "identity" else "ef")
+    heard = []
+    profile = profile_compressors(
+        settings, sizes=(70_000, 1, 300), repeats=2, progress=lambda fraction, what: heard.append((fraction, what))
+    )
+    (cpu,) = profile.devices
+    codec = make(settings)
+    assert profile.compressor == settings and profile.summable is (codec.sum_dtype is not None)
+    assert cpu.device is Device.CPU and cpu.numel == (1, 300, 70_000)
+    assert cpu.payload_nbytes == tuple(map(codec.payload_nbytes, cpu.numel))
+    for seconds in (cpu.encode_s, cpu.decode_s):
+        assert len(seconds) == 3 and seconds[0] > 0 and list(seconds) == sorted(seconds)
+    fractions = [fraction for fraction, _ in heard]
+    assert fractions == sorted(fractions) and fractions[0] == 0 and fractions[-1] == 1
+    assert all(name in what for _, what in heard)
+    profile.save(tmp_path / "codec.json")
+    assert CompressorProfile.load(tmp_path / "codec.json") == profile
+
+
+def test_every_timed_call_is_the_runtimes(monkeypatch):
+    """Each size: one untimed encoding per tensor and `repeats` timed ones, each with feedback, each with another tensor or seed."""
+    calls = []
+
+    class Recorder(compressors.Feedback):
+        def encode(self, codec, x, payload, seed, site):
+            calls.append((len(x), x.data_ptr(), self.mode))
+            super().encode(codec, x, payload, seed, site)
+
+    monkeypatch.setattr(compressors, "Feedback", Recorder)
+    monkeypatch.setattr(compressors, "measure_contention", lambda *_: 0.25)
+    profile = profile_compressors(CompressorSettings(name="fp16"), sizes=(1000, 1 << 18), repeats=4)
+    small = [place for numel, place, _ in calls if numel == 1000]
+    assert len(small) == 8 and len(set(small[4:])) == 4, "every timed call reads another tensor"
+    assert [numel for numel, _, _ in calls].count(1 << 18) == 1 + 4
+    assert {mode for _, _, mode in calls} == {"ef"}
+    assert profile.devices[0].contention == 0.25
+
+
+def test_contention_of_ranks_that_keep_step():
+    """Two ranks as threads: every phase starts together, the result is a number, and torch's threads are as they were."""
+    meeting, results, before = threading.Barrier(2, timeout=60), {}, torch.get_num_threads()
+
+    def rank(number):
+        results[number] = measure_contention(make(CompressorSettings(name="efsignsgd")), 1, meeting.wait)
+
+    ranks = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(120)
+    assert sorted(results) == [0, 1] and all(value >= 0 for value in results.values())
+    assert torch.get_num_threads() == before
+
+
+def test_a_codec_that_fails_in_the_background_is_heard(monkeypatch):
+    class Failing(type(make(CompressorSettings(name="identity")))):
+        def decode_add(self, payload, out, seed):
+            if threading.current_thread() is not threading.main_thread():
+                raise ArithmeticError("from the background")
+            super().decode_add(payload, out, seed)
+
+    before = torch.get_num_threads()
+    with pytest.raises(ArithmeticError, match="from the background"):
+        measure_contention(Failing(), 1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    "together, calls, expected",
+    [(0.8, (0.01, 0.02), 1.0), (0.5, (0.01, 0.01), 0.2), (0.3, (0.01, 0.01), 0.0)],
+    ids=["take turns on one core", "a fifth", "less than alone is noise"],
+)
+def test_contention_is_delay_per_second_of_codec_work(monkeypatch, together, calls, expected):
+    """Computing takes 0.4 s alone; a call takes calls[0] alone and calls[1] beside computing."""
+    times, per_call = iter((0.4, together, 0.4)), iter(calls)
+    monkeypatch.setattr(compressors, "_calibrate", lambda device: 1)
+    monkeypatch.setattr(compressors, "_multiply", lambda products, device: next(times))
+    monkeypatch.setattr(compressors, "_repeat", lambda call, device, enough: (10, next(per_call)))
+    assert measure_contention(make(CompressorSettings(name="identity")), 1) == pytest.approx(expected)
+
+
+def test_sizes():
+    assert geometric_sizes() == tuple(4**i for i in range(4, 13))
+    assert geometric_sizes(5000) == (256, 1024, 4096, 5000)
+    assert geometric_sizes(4096) == (256, 1024, 4096)
+    assert geometric_sizes(10) == (256,)
+    assert geometric_sizes(2**40)[-1] == 2**24
+
+
+def test_disturbed_times_are_lowered():
+    assert nondecreasing((1.0, 9.0, 3.0, 2.0, 4.0)) == (1.0, 2.0, 2.0, 2.0, 4.0)
+
+
+def test_what_cannot_be_profiled():
+    with pytest.raises(FileError, match="unknown codec"):
+        profile_compressors(CompressorSettings(name="nope"))
+    with pytest.raises(ValueError, match="must be positive"):
+        profile_compressors(CompressorSettings(), sizes=(0, 5))

@@ -1,0 +1,371 @@
+"""Timelines drawn by hand, an independent simulator, and properties that any timeline has.
+
+In the pictures a column is a second, one element takes a second on the link, and compressing takes half a second per element.
+"""
+
+import heapq
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planner_cases import cluster_of, codecs_of, random_case, trace_of
+
+from espresso_ds.core.errors import FileError
+from espresso_ds.core.option import Level, Option, Task
+from espresso_ds.core.profile import ClusterProfile, Device
+from espresso_ds.planner.build import candidate_options
+from espresso_ds.planner.cost import Costs, Resource
+from espresso_ds.planner.fuse import fuse, singles
+from espresso_ds.planner.timeline import Unit, iteration_time, simulate, stock_time, stock_timeline, to_chrome
+
+AR, RS_AG = Option.parse("AR.flat"), Option.parse("RS.flat AG.flat")
+GATHERED = {device: Option.parse(f"C.{device} AG.flat D.{device}") for device in ("cpu", "gpu")}
+
+
+def plain_costs(device="cpu", contention=0.0):
+    """Two ranks: AR of n elements takes n seconds, C n/2; payloads are a quarter, so AG n/4; D n/4 for each of two payloads."""
+    codecs = codecs_of(device=device, encode=0.5, decode=0.25, share=1 / 4, contention=contention, sizes=(1, 1024))
+    return Costs(cluster_of(), codecs)
+
+
+def work(timeline):
+    """Spans of the units as {(unit, action): (start, end)}."""
+    return {(s.unit, s.action): (s.start_s, s.end_s) for s in timeline.spans if s.unit >= 0}
+
+
+def units_with(trace, *options):
+    return [Unit.of(trace, i, i + 1, option) for i, option in enumerate(options)]
+
+
+def test_the_link_serves_one_unit_after_the_other():
+    """
+    backward  . 0 1
+    link      . 0 0 0 1 1
+    """
+    trace = trace_of([(3, 1.0), (2, 2.0)])
+    timeline = simulate(units_with(trace, AR, AR), trace, plain_costs())
+    assert work(timeline) == {(0, "AR.flat"): (1, 4), (1, "AR.flat"): (4, 6)}
+    assert (timeline.iteration_s, timeline.exposed_s, timeline.bubbles, timeline.hidden) == (6, 4, (), frozenset())
+
+
+def test_a_bubble_hides_what_is_sent_before_it():
+    """
+    forward   F F
+    backward  . . . 0 . . 1
+    link      . . . 0 - - 1 1
+    after                     X
+    """
+    trace = trace_of([(1, 1.0), (2, 4.0)], forward_s=2, after_s=1)
+    timeline = simulate(units_with(trace, AR, AR), trace, plain_costs())
+    assert work(timeline) == {(0, "AR.flat"): (3, 4), (1, "AR.flat"): (6, 8)}
+    assert timeline.bubbles == ((4, 6),)
+    assert timeline.hidden == {0}
+    assert timeline.iteration_s == 9
+
+
+def test_codec_work_on_the_cpu_slows_backward_by_its_contention():
+    """Contention 1/2: two seconds of C delay the backward by one, and so does D until backward ends.
+
+    backward  . . 0 - . 1 - .
+    cpu       . . C C . D D
+    link      . . . . 0 1
+    """
+    trace = trace_of([(4, 2.0), (1, 4.0)], backward_s=5)
+    timeline = simulate(units_with(trace, GATHERED["cpu"], AR), trace, plain_costs(contention=0.5))
+    assert work(timeline) == {(0, "C.cpu"): (2, 4), (0, "AG.flat"): (4, 5), (0, "D.cpu"): (5, 7), (1, "AR.flat"): (5, 6)}
+    assert (timeline.backward_end_s, timeline.iteration_s) == (7, 7)
+
+
+def test_codec_work_on_the_gpu_stops_backward():
+    """
+    backward  . . 0 - - . - - 1 .
+    codec         C C   D D
+    link      . . . . 0 . . . 1
+    """
+    trace = trace_of([(4, 2.0), (1, 4.0)], backward_s=5, device="cuda")
+    timeline = simulate(units_with(trace, GATHERED["gpu"], AR), trace, plain_costs("gpu"))
+    assert work(timeline) == {(0, "C.gpu"): (2, 4), (0, "AG.flat"): (4, 5), (0, "D.gpu"): (5, 7), (1, "AR.flat"): (8, 9)}
+    assert (timeline.backward_end_s, timeline.iteration_s) == (9, 9)
+    backward = [(s.start_s, s.end_s) for s in timeline.spans if s.action == "backward"]
+    assert backward == [(0, 2), (4, 5), (7, 9)]
+
+
+def test_after_backward_codec_work_delays_nothing():
+    trace = trace_of([(4, 2.0)])
+    timeline = simulate(units_with(trace, GATHERED["cpu"]), trace, plain_costs(contention=1.0))
+    assert (timeline.backward_end_s, timeline.iteration_s) == (2, 7)
+
+
+def test_second_steps_queue_with_first_steps():
+    """First come first served: unit 1's first step asked before unit 0's second.
+
+    link      . 0 0 1 0 0 1
+    """
+    trace = trace_of([(4, 1.0), (2, 2.0)])
+    units = units_with(trace, RS_AG, RS_AG)
+    spans = sorted(s.start_s for s in simulate(units, trace, plain_costs()).spans if s.resource is Resource.LINK)
+    assert work(simulate(units, trace, plain_costs())) == {
+        (0, "RS.flat"): (1, 3),
+        (1, "RS.flat"): (3, 4),
+        (0, "AG.flat"): (4, 6),
+        (1, "AG.flat"): (6, 7),
+    }
+    assert spans == [1, 3, 4, 6]
+
+
+def test_a_lane_serves_one_unit_at_a_time():
+    """Unit 1's allgather waits for lane 1, which is decompressing unit 0, though the link is free.
+
+    cpu       . C C . D D
+    link      . . . 0 1 - 1
+    """
+    trace = trace_of([(4, 1.0), (2, 3.0)])
+    spans = work(simulate(units_with(trace, GATHERED["cpu"], RS_AG), trace, plain_costs()))
+    assert spans[0, "D.cpu"] == (4, 6)
+    assert (spans[1, "RS.flat"], spans[1, "AG.flat"]) == ((4, 5), (6, 7))
+
+
+def test_stock_deepspeed_reduces_after_backward():
+    trace = trace_of([(3, 1.0), (2, 2.0)], forward_s=1, after_s=1)
+    costs = Costs(cluster_of(alpha_s=10), codecs_of())
+    assert stock_time(trace, costs) == pytest.approx(1 + 2 + (10 + 5) + 1)
+    assert stock_timeline(trace, costs).iteration_s == stock_time(trace, costs)
+    large = trace_of([(500_000_001, 1.0), (7, 2.0)])
+    assert stock_time(large, costs) == pytest.approx(2 + 20 + 500_000_008)
+
+
+def test_walks_follow_the_rows_of_the_runtime():
+    """Four ranks, 100 elements: shards of 25; payloads of a quarter of the raw bytes; seconds as counted by hand."""
+    cluster = cluster_of(world=4)
+    costs = Costs(cluster, codecs_of(encode=2.0, decode=1.0, share=1 / 4, sizes=(1, 1024)))
+
+    def steps(text):
+        walk = costs.walk(Option.parse(text), 100)
+        return [step.seconds for step in walk.steps], walk.sent_bytes
+
+    assert steps("AR.flat") == ([150], 600)
+    assert steps("RS.flat AG.flat") == ([75, 75], 600)
+    assert steps("RD.flat BC.flat") == ([100, 100], 600)
+    assert steps("C.cpu AG.flat D.cpu") == ([200, 75, 400], 300)
+    assert steps("RS.flat C.cpu AG.flat D.cpu") == ([75, 50, 18.75, 100], 300 + 75)
+    assert steps("C.cpu A2A.flat D.cpu AG.flat") == ([200, 18.75, 100, 75], 75 + 300)
+    assert steps("C.cpu A2A.flat D.cpu C.cpu AG.flat D.cpu") == ([200, 18.75, 100, 50, 18.75, 100], 75 + 75)
+    assert steps("C.cpu A2A.flat AG.flat D.cpu") == ([200, 18.75, 75, 400], 75 + 300)
+    assert steps("C.cpu GA.flat D.cpu C.cpu BC.flat D.cpu") == ([200, 75, 400, 200, 25, 100], 75 + 75)
+    assert steps("C.cpu GA.flat BC.flat D.cpu") == ([200, 75, 100, 400], 75 + 300)
+    assert steps("C.cpu AR.flat D.cpu") == ([200, 37.5, 100], 150)
+    halved = Costs(cluster, codecs_of(), "bfloat16").walk(AR, 100)
+    assert (halved.steps[0].seconds, halved.sent_bytes) == (75, 300)
+
+
+def test_costs_go_through_the_samples_and_never_fall():
+    samples = {"nbytes": (100, 200, 400), "seconds": (1.0, 4.0, 5.0), "alpha_s": 3.0, "beta_s_per_byte": 0.01, "fit_error": 0.1}
+    routine = {"routine": "AR", "level": "flat", "ranks": 2, **samples}
+    cluster = ClusterProfile(backend="gloo", hosts=("a", "b"), ranks_per_node=1, links={}, routines=(routine,))
+    costs = Costs(cluster, codecs_of())
+    times = {n: costs.comm(Task.ALLREDUCE, Level.FLAT, n) for n in (50, 100, 150, 200, 300, 400, 600)}
+    assert times == pytest.approx({50: 1, 100: 1, 150: 2.5, 200: 4, 300: 4.5, 400: 5, 600: 7})
+
+
+def test_what_was_not_measured_is_named():
+    costs = Costs(cluster_of(traffic={"AR": lambda world, node: 1}), codecs_of())
+    with pytest.raises(FileError, match=r"AG\.flat was not measured with 2 ranks.*espresso profile cluster"):
+        costs.walk(GATHERED["cpu"], 100)
+    with pytest.raises(FileError, match=r"device 'gpu' was not measured \(measured: cpu\).*espresso profile compressors"):
+        costs.walk(GATHERED["gpu"], 100)
+    with pytest.raises(FileError, match=r"wire_dtype is 'float23'.*float32"):
+        Costs(cluster_of(), codecs_of(), "float23")
+    with pytest.raises(FileError, match="do not ascend"):
+        Costs(cluster_of(sizes=(4, 2)), codecs_of())
+
+
+def test_chrome_trace_holds_every_span():
+    trace = trace_of([(4, 2.0), (1, 4.0)], forward_s=1)
+    timeline = simulate(units_with(trace, GATHERED["cpu"], AR), trace, plain_costs())
+    events = [event for event in to_chrome(timeline)["traceEvents"] if event["ph"] == "X"]
+    assert len(events) == len(timeline.spans)
+    assert {(e["name"], e["ts"], e["dur"]) for e in events} >= {("C.cpu t0", 3e6, 2e6), ("AR.flat t1", 6e6, 1e6)}
+
+
+def reference(walks, ready, backward_s, contention):
+    """Step time from the start of backward, by lanes as workers that call back: written apart from the planner's loop."""
+    heap, now, busy, ends = [], [0.0], {0: None, 1: None, 2: None}, {"backward": 0.0, "synced": 0.0}
+    waiting, tickets = {resource: [] for resource in busy}, itertools.count()
+    left = [list(walk) for walk in walks]
+    inboxes = [[] for _ in range(9)]
+    occupied = [False] * 9
+    progress = {"at": 0.0, "done": 0.0, "next": 0, "version": 0}
+
+    def later(when, call):
+        heapq.heappush(heap, (when, next(tickets), call))
+
+    def rate():
+        return 0.0 if busy[0] else (1 - contention if busy[1] else 1.0)
+
+    def aim():
+        """Predict again when backward reaches the next unit; older predictions are void."""
+        progress["version"] += 1
+        version, goal = progress["version"], [*ready, backward_s][progress["next"]]
+        if rate() > 0:
+            later(max(now[0], now[0] + (goal - progress["done"]) / rate()), lambda: arrive(version))
+
+    def account():
+        progress["done"] += (now[0] - progress["at"]) * rate()
+        progress["at"] = now[0]
+
+    def arrive(version):
+        if version != progress["version"]:
+            return
+        account()
+        unit = progress["next"]
+        progress["next"] += 1
+        if unit == len(ready):
+            ends["backward"] = now[0]
+            progress["version"] += 1
+            progress["next"] = None
+            return
+        aim()
+        inboxes[0].append(unit)
+        wake(0)
+
+    def use(resource, seconds, then):
+        waiting[resource].append((seconds, then))
+        kick(resource)
+
+    def kick(resource):
+        if busy[resource] is None and waiting[resource]:
+            account()
+            seconds, then = waiting[resource].pop(0)
+            busy[resource] = then
+
+            def finish():
+                account()
+                busy[resource] = None
+                kick(resource)
+                then()
+                if progress["next"] is not None:
+                    account()
+                    aim()
+
+            later(now[0] + seconds, finish)
+            if progress["next"] is not None:
+                aim()
+
+    def wake(lane):
+        if not occupied[lane] and inboxes[lane]:
+            occupied[lane] = True
+            work_on(lane, inboxes[lane].pop(0))
+
+    def work_on(lane, unit):
+        if not left[unit]:
+            ends["synced"] = max(ends["synced"], now[0])
+        else:
+            resource, seconds = left[unit].pop(0)
+            if resource != 2:
+                use(resource, seconds, lambda: work_on(lane, unit))
+                return
+
+            def arrived():
+                inboxes[lane + 1].append(unit)
+                wake(lane + 1)
+
+            use(2, seconds, arrived)
+        occupied[lane] = False
+        wake(lane)
+
+    aim()
+    while heap:
+        now[0], _, call = heapq.heappop(heap)
+        call()
+    return max(ends.values())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_independent_simulator_agrees(device):
+    rng = random.Random(7)
+    for _ in range(150):
+        trace, cluster, codecs = random_case(rng, tensors=rng.randint(1, 9), device=device)
+        costs = Costs(cluster, codecs)
+        options = candidate_options(trace, codecs)
+        units = units_with(trace, *(rng.choice(options) for _ in trace.tensors))
+        walks = [costs.walk(unit.option, unit.numel).lean for unit in units]
+        slow = reference(walks, [unit.ready_s for unit in units], trace.backward_s, costs.contention)
+        fast = iteration_time(units, trace, costs)
+        assert fast == pytest.approx(trace.forward_s + slow + trace.after_s, rel=1e-9)
+        assert simulate(units, trace, costs).iteration_s == pytest.approx(fast, rel=1e-12)
+
+
+def test_spans_never_overlap_on_a_resource_and_keep_the_order_of_actions():
+    rng = random.Random(3)
+    for _ in range(60):
+        trace, cluster, codecs = random_case(rng, tensors=6)
+        options = candidate_options(trace, codecs)
+        units = units_with(trace, *(rng.choice(options) for _ in trace.tensors))
+        timeline = simulate(units, trace, Costs(cluster, codecs))
+        for resource in (Resource.CPU, Resource.LINK):
+            spans = sorted((s.start_s, s.end_s) for s in timeline.spans if s.resource is resource)
+            assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(spans))
+        for number, unit in enumerate(units):
+            mine = sorted((s for s in timeline.spans if s.unit == number), key=lambda s: s.start_s)
+            assert [s.action for s in mine] == list(map(str, unit.option.actions))
+            assert mine[0].start_s >= trace.forward_s + unit.ready_s - 1e-12
+        assert timeline.iteration_s >= trace.compute_s
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 10**6), st.floats(0.001, 0.1)), min_size=1, max_size=8),
+    slower=st.floats(1.0, 50.0),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_slower_link_never_makes_the_step_shorter(rows, slower):
+    """Of uncompressed plans, where it can be proved: with codecs in between, first come first served knows anomalies."""
+    ready, tensors = 0.0, []
+    for numel, gap in rows:
+        ready += gap
+        tensors.append((numel, ready))
+    trace = trace_of(tensors)
+    times = [
+        iteration_time(singles(trace), trace, Costs(cluster_of(alpha_s=1e-4, bytes_per_s=1e8 / factor), codecs_of()))
+        for factor in (1.0, slower)
+    ]
+    assert times[0] <= times[1] * (1 + 1e-12)
+
+
+def test_fusing_merges_only_neighbours_of_one_dtype_and_never_hurts():
+    rng = random.Random(11)
+    for _ in range(20):
+        trace, cluster, codecs = random_case(rng, tensors=8)
+        mixed = trace_of(
+            [(t.numel, t.ready_s) for t in trace.tensors],
+            world=trace.world_size,
+            dtypes=[rng.choice(["float32", "bfloat16"]) for _ in trace.tensors],
+        )
+        costs = Costs(cluster, codecs)
+        before = singles(mixed)
+        after = fuse(before, mixed, costs)
+        assert iteration_time(after, mixed, costs) <= iteration_time(before, mixed, costs) * (1 + 1e-8)
+        assert [i for u in after for i in range(u.start, u.stop)] == list(range(8))
+        assert all(len({t.dtype for t in mixed.tensors[u.start : u.stop]}) == 1 for u in after)
+        assert after == fuse(before, mixed, costs)
+
+
+def test_latency_is_why_units_are_fused():
+    """Ten tiny tensors at once, a millisecond of latency each: one buffer."""
+    trace = trace_of([(10, 1.0)] * 10)
+    assert len(fuse(singles(trace), trace, Costs(cluster_of(alpha_s=1e-3, bytes_per_s=1e9), codecs_of()))) == 1
+
+
+def test_a_unit_has_one_dtype():
+    trace = trace_of([(1, 1.0), (1, 2.0)], dtypes=["float32", "bfloat16"])
+    with pytest.raises(FileError, match=r"'t0' \(float32\) and 't1' \(bfloat16\) cannot share a unit"):
+        Unit.of(trace, 0, 2)
+
+
+def test_only_measured_devices_that_training_has_are_used():
+    trace = trace_of([(1, 1.0)])
+    with pytest.raises(FileError, match="measured on gpu, but the model was traced on cpu"):
+        candidate_options(trace, codecs_of(device="gpu"))
+    assert {a.at for o in candidate_options(trace, codecs_of()) for a in o.actions} == {Device.CPU, Level.FLAT}
+    assert len(candidate_options(trace, codecs_of(summable=True))) == 13
