@@ -2,10 +2,11 @@
 
 Reproduce: OMP_NUM_THREADS=1 python benchmarks/codecs.py
 
-One thread. Every repeat runs all cases once, so that a disturbance hits them alike; figures are medians over repeats, ratios
-are medians of each repeat's own ratio. A case runs several times within a repeat until it has handled some 16 MB, over
-different tensors where they are small: 2^14 elements stay in the cache, 2^22 do not. Encoding is `Feedback.encode`, decoding
-is `decode_add`. Writes results/codecs.json.
+One thread, in its own CPU time, which leaves out what others take of a shared machine (but not what they take of its caches
+and memory bandwidth). Every repeat runs all cases once, so that a disturbance hits them alike; figures are medians over
+repeats, ratios are medians of each repeat's own ratio. A case runs several times within a repeat until it has handled some 16
+MB, over different tensors where they are small: 2^14 elements stay in the cache, 2^22 do not. Encoding is `Feedback.encode`,
+decoding is `decode_add`. Writes results/codecs.json.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ def cases(numel: int) -> dict[tuple[str, str], Callable[[int], object]]:
         codec, memory = make(settings), Feedback("ef")
         payloads = [torch.empty(codec.payload_nbytes(numel), dtype=torch.uint8) for _ in range(count)]
 
-        def encode(i, codec=codec, memory=memory, payloads=payloads):  # noqa: ANN001, ANN202
+        def encode(i, codec=codec, memory=memory, payloads=payloads):  # noqa: ANN001
             i %= count
             memory.encode(codec, grads[i], payloads[i], i, str(i))
 
-        def decode(i, codec=codec, payloads=payloads):  # noqa: ANN001, ANN202
+        def decode(i, codec=codec, payloads=payloads):  # noqa: ANN001
             i %= count
             codec.decode_add(payloads[i], sums[i], i)
 
@@ -76,10 +77,10 @@ def measure(repeats: int) -> list[dict[str, str | int | float]]:
         for _ in track(range(repeats), f"2^{numel.bit_length() - 1} elements"):
             for case, run in timed.items():
                 run(0)
-                start = time.perf_counter()
+                start = time.thread_time()
                 for i in range(calls):
                     run(i)
-                seconds[case].append((time.perf_counter() - start) / calls)
+                seconds[case].append((time.thread_time() - start) / calls)
         for (codec, direction), taken in seconds.items():
             ratios = [limit / own for limit, own in zip(seconds[LIMIT, ""], taken, strict=True)]
             quartiles = statistics.quantiles(taken)
@@ -120,6 +121,7 @@ def main() -> None:
         "numpy": numpy.__version__,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
+        "clock": "thread CPU time",
         "load_average_1min": os.getloadavg()[0],
         "repeats": arguments.repeats,
     }

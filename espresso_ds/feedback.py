@@ -1,4 +1,5 @@
-"""Error feedback: what compression drops is remembered and added to the next gradient (Karimireddy et al., ICML 2019; Seide et al., 2014).
+"""Error feedback: what compression drops is remembered and added to the next gradient (Karimireddy et al., ICML 2019; Seide
+et al., 2014).
 
 At every place where a tensor is compressed, its *site*, with residual e (zeros at first):
 
@@ -6,12 +7,13 @@ At every place where a tensor is compressed, its *site*, with residual e (zeros 
 
 so that, over any number of steps, decoded outputs + residual = inputs. Three choices:
 
-- The sum is formed in the residual's own memory and encoded there with `error` being the input: one add, then the codec's own passes, no copy
-  and no second buffer. x is only read, so it may be a slice of a communication buffer, and residuals never move.
+- The sum is formed in the residual's own memory and encoded there with `error` being the input: one add, then the codec's own
+  passes, no copy and no second buffer. x is only read, so it may be a slice of a communication buffer, and residuals never
+  move.
 - A step with NaN or Inf is encoded without the memory, which stays as it was: a step that a loss scaler skips must not poison all
-  later ones. What is looked at is the norm of x, one read-only pass at memory speed (a third of a codec's time at most, mostly a tenth).
-- A norm under `_SAFE` bounds every |x| so far below the spacing of the largest fp32 that a finite residual plus x cannot overflow. Anything
-  else, finite or not, is looked at element by element.
+  later ones. What is looked at is the norm of x, one read-only pass at memory speed.
+- A norm under `_SAFE` bounds every |x| so far below the spacing of the largest fp32 that a finite residual plus x cannot
+  overflow. Anything else, finite or not, is looked at element by element.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ class Feedback:
         """Replace all residuals by copies of those in `state`; sites that it lacks start from zeros.
 
         Raises:
-            MismatchError: an entry is not a one-dimensional float32 tensor of finite values, or error feedback is off and `state` is not empty.
+            MismatchError: an entry is not a one-dimensional float32 tensor of finite values, or error feedback is off and
+            `state` is not empty.
         """
         if self.mode == "none" and state:
             raise MismatchError(

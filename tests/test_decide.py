@@ -26,9 +26,9 @@ def brute_force(units, trace, costs):
     return min(iteration_time([replace(u, option=o) for u, o in zip(units, plan, strict=True)], trace, costs) for plan in plans)
 
 
-@pytest.mark.parametrize(("equal", "floor"), [(False, 0.8), (True, 0.75)])
+@pytest.mark.parametrize(("equal", "floor"), [(False, 0.85), (True, 0.85)])
 def test_greedy_is_never_better_than_brute_force_and_mostly_equal(equal, floor):
-    """Of 300 such instances 95% were solved to the optimum with sizes drawn apart, 91% with equal sizes."""
+    """Of 300 such instances 94% were solved to the optimum, with sizes drawn apart and with equal sizes; of these 40, 37 each."""
     rng, optimal, rounds = random.Random(1), 0, 40
     for _ in range(rounds):
         trace, cluster, codecs = random_case(rng, equal=equal)
@@ -106,6 +106,18 @@ def test_compress_nothing_where_codecs_are_slower_than_the_link():
     costs = Costs(cluster_of(bytes_per_s=1e9), codecs_of(encode=1e-7, decode=1e-7))
     plain = plan_uncompressed(trace, costs)
     assert plan_compressed(OPTIONS, trace, costs, plain) == plain
+
+
+def test_compress_nothing_for_a_gain_within_the_noise():
+    """A second of compute, then 50 ms uncompressed or 45 ms compressed: half a percent. Ten times as large it pays."""
+    costs = Costs(cluster_of(bytes_per_s=2**22 / 0.05), codecs_of(encode=0.0415 / 2**20, decode=1e-11))
+    trace = trace_of([(2**20, 1.0)])
+    plain = plan_uncompressed(trace, costs)
+    assert iteration_time(decide(plain, OPTIONS, trace, costs), trace, costs) < iteration_time(plain, trace, costs)
+    assert plan_compressed(OPTIONS, trace, costs, plain) == plain
+    trace = trace_of([(10 * 2**20, 1.0)])
+    plain = plan_uncompressed(trace, costs)
+    assert any(unit.option.compresses for unit in plan_compressed(OPTIONS, trace, costs, plain))
 
 
 def test_compression_that_saves_nothing_is_dropped():

@@ -1,6 +1,7 @@
 """The cluster profiler: its fit, its schedule, its commands, and whole runs over gloo."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -238,8 +239,6 @@ def run_ranks(*arguments: list[str]) -> list[subprocess.CompletedProcess]:
 )
 def test_faults_stop_all_ranks_alike(tmp_path, second, fault):
     output = ["-o", str(tmp_path / "none" / "cluster.json"), "--backend", "gloo"]
-    import re
-
     for done in run_ranks(output, [*output, *second]):
         assert done.returncode == 1 and re.search(fault, done.stderr), done.stderr
         assert "Traceback" not in done.stderr

@@ -26,9 +26,7 @@ def _short_phases(monkeypatch):
 def test_profile_of_every_codec(name, tmp_path):
     settings = CompressorSettings(name=name, feedback="none" if name == "identity" else "ef")
     heard = []
-    profile = profile_compressors(
-        settings, sizes=(70_000, 1, 300), repeats=2, progress=lambda fraction, what: heard.append((fraction, what))
-    )
+    profile = profile_compressors(settings, (70_000, 1, 300), repeats=2, progress=lambda *news: heard.append(news))
     (cpu,) = profile.devices
     codec = make(settings)
     assert profile.compressor == settings and profile.summable is (codec.sum_dtype is not None)
@@ -44,7 +42,7 @@ def test_profile_of_every_codec(name, tmp_path):
 
 
 def test_every_timed_call_is_the_runtimes(monkeypatch):
-    """Each size: one untimed encoding per tensor and `repeats` timed ones, each with feedback, each with another tensor or seed."""
+    """Each size: one untimed encoding per tensor and `repeats` timed ones, with feedback, each with another tensor."""
     calls = []
 
     class Recorder(compressors.Feedback):

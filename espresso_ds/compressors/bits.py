@@ -1,10 +1,11 @@
 """The seam between codecs and machines: walking a tensor in cache-sized spans, and packing small integers into bits.
 
-Codecs are written once, in torch. What torch does slowly on a CPU (comparing to a mask, packing, table look-up) is done here by numpy on
-zero-copy views; other devices take the torch branch. Both branches write the same bytes, so what one device packs another may unpack.
+Codecs are written once, in torch. What torch does slowly on a CPU (comparing to a mask, packing, table look-up) is done here
+by numpy on zero-copy views; other devices take the torch branch. Both branches write the same bytes, so what one device packs
+another may unpack.
 
-Bit order: element i of a field of `width` bits lies in byte i * width // 8, lowest bits first (numpy's "little" order). A width that is
-not a power of two is the sum of powers of two, one plane each: 5 bits are a plane of 4 and a plane of 1.
+Bit order: element i of a field of `width` bits lies in byte i * width // 8, lowest bits first (numpy's "little" order). A
+width that is not a power of two is the sum of powers of two, one plane each: 5 bits are a plane of 4 and a plane of 1.
 
 Scratch belongs to the thread: codecs run in several threads at once, and fresh pages cost more than the passes over them.
 """
@@ -27,9 +28,14 @@ _SIGNS = 1.0 - 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis
 _thread = threading.local()
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether numpy may work on the memory of `x`. Every choice between the two branches is made here."""
+    return x.is_cpu
+
+
 def scratch(x: Tensor, numel: int, dtype: torch.dtype = torch.float32, slot: int = 0) -> Tensor:
     """Uninitialised memory on the device of `x`; on a CPU the thread's own, one buffer per dtype and slot, `numel` <= CHUNK."""
-    if not x.is_cpu:
+    if not on_cpu(x):
         return x.new_empty(numel, dtype=dtype)
     buffers: dict[tuple[torch.dtype, int], Tensor] = _thread.__dict__.setdefault("buffers", {})
     if (dtype, slot) not in buffers:
@@ -40,7 +46,7 @@ def scratch(x: Tensor, numel: int, dtype: torch.dtype = torch.float32, slot: int
 def spans(x: Tensor, start: int = 0, stop: int | None = None) -> Iterator[slice]:
     """Slices of at most CHUNK elements that cover [start, stop) of a CPU tensor; one slice for any other device."""
     stop = x.numel() if stop is None else stop
-    step = CHUNK if x.is_cpu else max(1, stop - start)
+    step = CHUNK if on_cpu(x) else max(1, stop - start)
     for at in range(start, stop, step):
         yield slice(at, min(at + step, stop))
 
@@ -68,7 +74,7 @@ def pack(levels: Tensor, width: int, out: Tensor) -> None:
         levels = torch.nn.functional.pad(levels, (0, -m % 8))
     if width == 8:
         out.copy_(levels)
-    elif width == 1 and levels.is_cpu:
+    elif width == 1 and on_cpu(levels):
         out.numpy()[:] = np.packbits(levels.numpy(), bitorder="little")
     else:
         lanes, shift = 8 // width, 8 - width
@@ -82,7 +88,7 @@ def unpack(packed: Tensor, width: int, numel: int) -> Tensor:
     """Inverse of `pack`: uint8 of shape (numel,), scratch or a view of `packed` on a CPU."""
     if width == 8:
         return packed[:numel]
-    if width == 1 and packed.is_cpu:
+    if width == 1 and on_cpu(packed):
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=numel, bitorder="little"))
     lanes = 8 // width
     kind, group = _WORDS[lanes], lanes // 2
@@ -98,7 +104,7 @@ def unpack(packed: Tensor, width: int, numel: int) -> Tensor:
 def pack_signs(x: Tensor, out: Tensor) -> None:
     """Write the sign bits of `x` (float32, shape (n,); 1 for negative and for -0.0) into `out` (uint8, packed_nbytes(n, 1))."""
     bits = x.view(torch.int32)
-    if x.is_cpu:
+    if on_cpu(x):
         negative = scratch(x, x.numel(), torch.bool).numpy()
         np.less(bits.numpy(), 0, out=negative)
         out.numpy()[:] = np.packbits(negative, bitorder="little")
@@ -113,7 +119,7 @@ def sign_table(scale: Tensor) -> Tensor:
 
 def unpack_signs(packed: Tensor, table: Tensor, numel: int) -> Tensor:
     """Look up `numel` packed signs in a `sign_table`, eight at a time: float32 of shape (numel,), scratch on a CPU."""
-    if not packed.is_cpu:
+    if not on_cpu(packed):
         return table[packed.long()].view(-1)[:numel]
     out = scratch(packed, packed.numel() * 8)
     # "clip" only spares numpy the range check, which a byte cannot fail, and the buffering that goes with it.
@@ -123,7 +129,7 @@ def unpack_signs(packed: Tensor, table: Tensor, numel: int) -> Tensor:
 
 def convert(x: Tensor, out: Tensor) -> Tensor:
     """out = x in the dtype of `out`; NaN becomes anything."""
-    if x.is_cpu:
+    if on_cpu(x):
         with np.errstate(invalid="ignore"):
             np.copyto(out.numpy(), x.numpy(), casting="unsafe")
     else:
@@ -133,8 +139,8 @@ def convert(x: Tensor, out: Tensor) -> Tensor:
 
 def abs_sum(x: Tensor) -> float:
     """Sum of |x| in double precision: infinite or NaN if and only if an element is."""
-    # On a CPU fp32 within a span, where torch sums pairwise, and float64 across: several times as fast as float64 throughout.
-    total = math.fsum(torch.abs(x[s], out=scratch(x, s.stop - s.start)).sum().item() for s in spans(x)) if x.is_cpu else math.inf
+    # On a CPU fp32 within a span, where torch sums pairwise, and float64 across: faster than float64 throughout.
+    total = math.fsum(torch.abs(x[s], out=scratch(x, s.stop - s.start)).sum().item() for s in spans(x)) if on_cpu(x) else math.inf
     if not math.isfinite(total):  # not a CPU, or huge finite values overflowed fp32
         total = sum(x[s].abs().sum(dtype=torch.float64).item() for s in spans(x))
     return total

@@ -9,19 +9,17 @@ Payload: 2 n bytes; payloads may be summed in their own dtype (the sum may overf
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from . import bits
 from .base import Codec
-from .bits import spans
 
 
-@dataclass(frozen=True)
 class _Cast(Codec):
     contractive = True
-    sum_dtype: ClassVar[torch.dtype]
+    sum_dtype: torch.dtype
 
     def payload_nbytes(self, numel: int) -> int:
         """2 n."""
@@ -30,10 +28,10 @@ class _Cast(Codec):
     def encode(self, x: Tensor, payload: Tensor, seed: int, error: Tensor | None = None) -> None:
         """Cast span by span, so that the error finds both operands in the cache."""
         packed, largest = payload.view(self.sum_dtype), torch.finfo(self.sum_dtype).max
-        for span in spans(x):
+        for span in bits.spans(x):
             part = x[span]
             # A norm below the limit bounds every element and is the cheapest pass that does; 0.9 covers its rounding.
-            if not (part.is_cpu and torch.linalg.vector_norm(part).item() < 0.9 * largest):
+            if not (bits.on_cpu(part) and torch.linalg.vector_norm(part).item() < 0.9 * largest):
                 part = torch.where(part.isinf(), part, part.clamp(-largest, largest))
             packed[span].copy_(part)
             if error is not None:
@@ -42,10 +40,11 @@ class _Cast(Codec):
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Widen and add."""
         packed = payload.view(self.sum_dtype)
-        for span in spans(out):
+        for span in bits.spans(out):
             out[span].add_(packed[span])
 
 
+@dataclass(frozen=True)
 class Fp16(_Cast):
     """IEEE half precision."""
 
@@ -53,6 +52,7 @@ class Fp16(_Cast):
     sum_dtype = torch.float16
 
 
+@dataclass(frozen=True)
 class Bf16(_Cast):
     """bfloat16: the range of fp32, 8 bits of precision."""
 

@@ -65,10 +65,10 @@ class Quantize(Codec):
         steps, zeros, fields = self._fields(payload, out.numel())
         for span, blocks, length in _rows(out):
             numel = span.stop - span.start
-            whole = None
-            for shift, width, packed in fields:
-                part = unpack(packed[_bytes(span, width)], width, numel)
-                whole = part if whole is None else whole | (part << shift)
+            parts = ((shift, unpack(packed[_bytes(span, width)], width, numel)) for shift, width, packed in fields)
+            _, whole = next(parts)
+            for shift, part in parts:
+                whole = whole | (part << shift)
             levels = convert(whole, scratch(out, numel)).view(-1, length)
             levels.sub_(zeros[blocks, None]).mul_(steps[blocks, None])
             out[span].add_(levels.view(-1))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import bits
 from .base import Codec
 
 BLOCK = 1 << 16
@@ -83,16 +84,16 @@ def join_index(counts: Tensor, places: Tensor) -> Tensor:
 
 def largest(x: Tensor, k: int) -> Tensor:
     """Return the ascending indices (int64, shape (k,)) of the k largest magnitudes; ties go to the lowest index."""
-    if not x.is_cpu:
-        return _largest_torch(x, k)
-    return torch.from_numpy(_largest_numpy(x.numpy().view(np.int32), k))
+    if bits.on_cpu(x):
+        return torch.from_numpy(_largest_numpy(x.numpy().view(np.int32), k))
+    return _largest_torch(x, k)
 
 
 def _largest_torch(x: Tensor, k: int) -> Tensor:
-    bits = x.view(torch.int32) & _MAGNITUDE
-    threshold = bits.topk(k).values[-1]
-    above = (bits > threshold).nonzero().flatten()
-    ties = (bits == threshold).nonzero().flatten()[: k - above.numel()]
+    magnitudes = x.view(torch.int32) & _MAGNITUDE
+    threshold = magnitudes.topk(k).values[-1]
+    above = (magnitudes > threshold).nonzero().flatten()
+    ties = (magnitudes == threshold).nonzero().flatten()[: k - above.numel()]
     return torch.cat([above, ties]).sort().values
 
 
@@ -121,22 +122,22 @@ def _largest_numpy(x: np.ndarray, k: int) -> np.ndarray:
         return np.sort(np.concatenate([candidates, zeros]))
     if len(candidates) == k:
         return candidates
-    bits = x[candidates] & _MAGNITUDE
-    threshold = np.partition(bits, len(bits) - k)[len(bits) - k]
-    keep = bits > threshold
-    keep[np.flatnonzero(bits == threshold)[: k - np.count_nonzero(keep)]] = True
+    magnitudes = x[candidates] & _MAGNITUDE
+    threshold = np.partition(magnitudes, len(magnitudes) - k)[len(magnitudes) - k]
+    keep = magnitudes > threshold
+    keep[np.flatnonzero(magnitudes == threshold)[: k - np.count_nonzero(keep)]] = True
     return candidates[keep]
 
 
 def _reaching(x: np.ndarray, guess: int) -> np.ndarray:
     """Ascending indices of the magnitudes of at least `guess`."""
     found = []
-    bits, mask = np.empty(min(len(x), BLOCK), np.int32), np.empty(min(len(x), BLOCK), bool)
+    magnitudes, mask = np.empty(min(len(x), BLOCK), np.int32), np.empty(min(len(x), BLOCK), bool)
     for start in range(0, len(x), BLOCK):
         part = x[start : start + BLOCK]
         m = len(part)
-        np.bitwise_and(part, _MAGNITUDE, out=bits[:m])
-        np.greater_equal(bits[:m], guess, out=mask[:m])
+        np.bitwise_and(part, _MAGNITUDE, out=magnitudes[:m])
+        np.greater_equal(magnitudes[:m], guess, out=mask[:m])
         found.append(np.flatnonzero(mask[:m]) + start)
     return np.concatenate(found)
 

@@ -1,9 +1,10 @@
-"""Micro-benchmark of one codec: encode and decode seconds by tensor size, and what codec work costs the computing beside it (E 4.4).
+"""Micro-benchmark of one codec: encode and decode seconds by tensor size, and what codec work costs the computing beside it
+(E 4.4).
 
-What is timed is what the runtime will call: `Feedback.encode` and `Codec.decode_add`, nothing around them. In training a tensor's
-residual was last touched a step ago and has left the cache. So every timed call takes the next of several tensors, and all of a pool
-larger than usual caches is read before the first. Medians are reported, after one untimed call for each tensor. Gradients are Gaussian:
-TopK is somewhat faster on sparse ones.
+What is timed is what the runtime will call: `Feedback.encode` and `Codec.decode_add`, nothing around them. In training a
+tensor's residual was last touched a step ago and has left the cache. So every timed call takes the next of several tensors,
+and a pool of 32 MiB is read before the first. Medians are reported, after one untimed call for each
+tensor. Gradients are Gaussian.
 """
 
 from __future__ import annotations
@@ -105,11 +106,13 @@ def measure_contention(
 ) -> float:
     """Seconds by which one second of codec work in a background thread delays computing in this thread.
 
-    Four phases of about 0.3 s, each begun behind `barrier`: codec work alone, computing alone (matrix products with `threads` threads),
-    both at once, computing alone again, so that drift cancels. A second of codec work is as much of it as took a second alone. "Alone" is
-    alone within the rank: ranks that share a host call this together and are in each other's way in every phase.
+    Four phases of about 0.3 s, each begun behind `barrier`: codec work alone, computing alone (matrix products with `threads`
+    threads), both at once, computing alone again, so that drift cancels. A second of codec work is as much of it as took a
+    second alone. "Alone" is alone within the rank: ranks that share a host call this together and are in each other's way in
+    every phase.
 
-    0: codec and computing have cores of their own. 1: they take turns on one. More: they also take each other's caches and bandwidth.
+    0: codec and computing have cores of their own. 1: they take turns on one. More: they also take each other's caches and
+    bandwidth.
     """
     device = torch.device(device)
     call, before = _codec_call(codec, feedback, device), torch.get_num_threads()

@@ -21,9 +21,9 @@ class Line(NamedTuple):
 def fit_line(nbytes: Sequence[int], seconds: Sequence[float]) -> Line:
     """Fit alpha >= 0 and beta >= 0: of all lines through the largest size, the one that is off by the smallest factors elsewhere.
 
-    Times span many powers of ten. Least squares would see the large sizes alone, or with relative errors be drawn to any size that
-    is faster than its neighbours. Here the largest size, which is nearly all bandwidth, is met exactly and so sets beta; a second
-    measurement sets alpha, chosen so that the sum of |log(fit / measured)| is least, which weighs all sizes alike.
+    Times span many powers of ten. Least squares would see the large sizes alone, or with relative errors be drawn to any size
+    that is faster than its neighbours. Here the largest size, which is nearly all bandwidth, is met exactly and so sets beta; a
+    second measurement sets alpha, chosen so that the sum of |log(fit / measured)| is least, which weighs all sizes alike.
 
     Args:
         nbytes: sizes, at least two different ones, shape (n,).

@@ -45,7 +45,7 @@ class Effort:
 
 
 THOROUGH = Effort()
-QUICK = Effort(grow_below_s=0.06, budget_s=5.0)
+QUICK = Effort(grow_below_s=0.03, row_s=0.01, budget_s=3.0)
 
 
 @dataclass

@@ -61,6 +61,7 @@ def joined(backend: str | None, timeout_s: float) -> Iterator[Ranks]:
     try:
         store, rank, world = _from_environment(timeout) if all(map(os.environ.get, _ENVIRONMENT)) else _from_mpi(timeout)
         told = _exchange(store, rank, world, {"host": _processor(), "backend": backend, "fault": _gloo_fault()})
+        _leave(store, rank, world, "exchange")  # each rank may now raise what it finds
         hosts, per_node = _check(told)
         device = torch.device("cpu")
         if backend == "nccl":
@@ -73,7 +74,7 @@ def joined(backend: str | None, timeout_s: float) -> Iterator[Ranks]:
         group = dist.group.WORLD
         assert group is not None
         yield Ranks(group, rank, backend, device, hosts, per_node, timeout_s)
-        _leave(store, rank, world)
+        _leave(store, rank, world, "group")
     finally:
         dist.destroy_process_group()
 
@@ -120,12 +121,12 @@ def _exchange(store: dist.Store, rank: int, world: int, value: object) -> list:
     return [json.loads(store.get(f"espresso/{other}")) for other in range(world)]
 
 
-def _leave(store: dist.Store, rank: int, world: int) -> None:
-    """Keep rank 0, whose end is the end of the store, until every rank has used it for the last time."""
-    if store.add("espresso/left", 1) == world:
-        store.set("espresso/all_left", "")
+def _leave(store: dist.Store, rank: int, world: int, what: str) -> None:
+    """Keep rank 0, whose end is the end of the store, until every rank is through with `what`."""
+    if store.add(f"espresso/{what}/left", 1) == world:
+        store.set(f"espresso/{what}/all_left", "")
     if rank == 0:
-        store.get("espresso/all_left")
+        store.get(f"espresso/{what}/all_left")
 
 
 def _from_environment(timeout: timedelta) -> tuple[dist.Store, int, int]:

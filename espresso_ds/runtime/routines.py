@@ -9,7 +9,8 @@ element is computed in one place or in one order, so all ranks that get it get t
 On CUDA these are torch's own collectives. On the CPU (gloo) the routines that only move rows are sends and receives, with the
 receives posted first. In gloo's alltoall and allgather a rank that comes a moment late announces its receives behind its own
 outgoing bytes; the other rank sends only then, and a full-duplex link carries one direction at a time. Sends and receives also
-need no copy through a buffer of gloo's and none of its two worker threads. Gloo's reduce-scatter is an allreduce, at twice the bytes.
+need no copy through a buffer of gloo's and none of its two worker threads. Gloo's reduce-scatter is an allreduce, at twice the
+bytes.
 
 The functions raise SyncError for buffers whose sizes don't fit, since gloo would read past them or leave a part of them out.
 """

@@ -1,0 +1,218 @@
+"""One rank of the DeepSpeed tests: runs every case in one process, since importing DeepSpeed takes seconds. Rank 0 writes JSON.
+
+    torchrun --nproc-per-node 2 deepspeed_worker.py OUT.json
+"""
+
+import json
+import sys
+import traceback
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from plans import plan_for, with_plan
+
+from espresso_ds.core.config import CompressorSettings
+from espresso_ds.core.errors import EspressoError
+from espresso_ds.integrations.engine_facts import timing_config
+
+STEPS = 20
+WIDTH = 48
+
+
+class Net(torch.nn.Module):
+    """Layers used in different ways: always, on odd steps only, on rank 1 only, never; one weight is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(WIDTH, WIDTH)
+        self.twice = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+        self.odd = torch.nn.Linear(WIDTH, WIDTH)
+        self.other_rank = torch.nn.Linear(WIDTH, WIDTH)
+        self.never = torch.nn.Linear(WIDTH, 3)
+        self.last = torch.nn.Linear(WIDTH, 4)
+        self.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x, step):
+        x = torch.relu(self.first(x))
+        x = torch.tanh(self.twice(self.twice(x)))
+        if step % 2:
+            x = self.odd(x)
+        if dist.get_rank() == 1:
+            x = self.other_rank(x)
+        return self.last(x)
+
+
+def ds_config(**changes):
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 0},
+        "steps_per_print": 10**6,
+        **changes,
+    }
+
+
+def engine_for(config, optimizer=torch.optim.AdamW):
+    torch.manual_seed(0)
+    model = Net()
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2), config=config
+    )
+    return engine
+
+
+def train(engine, steps=STEPS):
+    generator = torch.Generator().manual_seed(dist.get_rank() + 1)
+    dtype = next(engine.module.parameters()).dtype
+    losses = []
+    for step in range(steps):
+        for _ in range(engine.gradient_accumulation_steps()):
+            x = torch.randn(4, WIDTH, generator=generator)
+            y = torch.randint(0, 4, (4,), generator=generator)
+            loss = torch.nn.functional.cross_entropy(engine(x.to(dtype), step).float(), y)
+            engine.backward(loss)
+            engine.step()
+        losses.append(loss.item())
+    checksum = sum(p.double().sum().item() for p in engine.module.parameters())
+    return losses, checksum
+
+
+def stock(config, **arguments):
+    return train(engine_for(config, **arguments))
+
+
+def planned(config, plan_arguments, **arguments):
+    engine = planned_engine(config, plan_arguments, **arguments)
+    try:
+        return train(engine)
+    finally:
+        engine.espresso.detach()
+
+
+def planned_engine(config, plan_arguments, **arguments):
+    bare = engine_for(config, **arguments)
+    dtype = "bfloat16" if config.get("bf16") else "float32"
+    plan = plan_for(bare.module, timing_config(bare), ranks=dist.get_world_size(), dtype=dtype, **plan_arguments)
+    return engine_for(with_plan(config, plan, timeout_s=60), **arguments)
+
+
+EQUAL = {
+    "fp32": (ds_config(), {}, {}),
+    "fused": (ds_config(), {"fuse": 4}, {}),
+    "accumulation": (ds_config(gradient_accumulation_steps=3), {"fuse": 2}, {}),
+    "clipping": (ds_config(gradient_clipping=0.1), {}, {}),
+    "bf16": (ds_config(bf16={"enabled": True}), {"fuse": 3}, {}),
+    "bf16, fp32 on the wire": (ds_config(bf16={"enabled": True}, communication_data_type="fp32"), {}, {}),
+    "fp32, bf16 on the wire": (ds_config(communication_data_type="bf16"), {"fuse": 2}, {}),
+    "prescale": (ds_config(prescale_gradients=True), {}, {}),
+    "predivide": (ds_config(gradient_predivide_factor=4.0), {}, {}),
+    "sum": (ds_config(gradient_allreduce_op="sum"), {}, {}),
+    "SGD": (ds_config(), {}, {"optimizer": torch.optim.SGD}),
+    "reduce-scatter": (ds_config(), {"option": "RS.flat AG.flat", "fuse": 5}, {}),
+    "reduce": (ds_config(), {"option": "RD.flat BC.flat"}, {}),
+    "identity codec": (ds_config(), {"option": "C.cpu A2A.flat D.cpu C.cpu AG.flat D.cpu", "fuse": 2}, {}),
+}
+
+
+def equality():
+    results = {}
+    for name, (config, plan_arguments, arguments) in EQUAL.items():
+        results[name] = {"stock": stock(config, **arguments), "planned": planned(config, plan_arguments, **arguments)}
+    return results
+
+
+def compressed():
+    """Every codec trains, and all ranks keep equal weights."""
+    results = {}
+    for name in ("topk", "randomk", "efsignsgd", "quantize", "fp16", "bf16"):
+        for option in ("C.cpu AG.flat D.cpu", "C.cpu GA.flat D.cpu C.cpu BC.flat D.cpu"):
+            settings = CompressorSettings(name=name, density=0.1 if name in ("topk", "randomk") else None)
+            losses, checksum = planned(ds_config(), {"option": option, "compressor": settings, "fuse": 2})
+            results[f"{name} {option}"] = {"losses": losses, "checksum": checksum}
+    return results
+
+
+def without_block():
+    """A block that is switched off, and no block: the engine is DeepSpeed's own."""
+    plain = engine_for(ds_config())
+    off = engine_for({**ds_config(), "espresso": {"enabled": False}})
+    return ["buffered_allreduce_fallback" in vars(engine) or hasattr(engine, "espresso") for engine in (plain, off)]
+
+
+def failures():
+    """Messages of what must stop every rank at start."""
+    bare = engine_for(ds_config())
+    rank, world = dist.get_rank(), dist.get_world_size()
+    facts, model = timing_config(bare), bare.module
+
+    def plan(**arguments):
+        return plan_for(model, facts, **{"ranks": world, **arguments})
+
+    def edited(change, seal=True):
+        changed = plan().model_copy(update=change)
+        return with_plan(ds_config(), changed.sealed() if seal else changed)
+
+    good = plan()
+    tensors = good.tensors
+    attempts = {
+        "no plan": {**ds_config(), "espresso": {"compressor": {"name": "topk"}}},
+        "unknown key": {**ds_config(), "espresso": {"compresor": {"name": "topk"}}},
+        "world size": with_plan(ds_config(), plan(ranks=world + 1)),
+        "config": with_plan(ds_config(train_micro_batch_size_per_gpu=8), good),
+        "zero": with_plan(ds_config(zero_optimization={"stage": 1}), good),
+        "missing tensor": edited({"tensors": tensors[1:]}),
+        "extra tensor": edited({"tensors": (*tensors, tensors[0].model_copy(update={"name": "ghost", "unit": tensors[-1].unit + 1}))}),
+        "shape": edited({"tensors": (tensors[0].model_copy(update={"shape": (9,)}), *tensors[1:])}),
+        "edited": edited({"tensors": tensors[::-1]}, seal=False),
+        "sums payloads": with_plan(ds_config(), plan(option="C.cpu AR.flat D.cpu", compressor=CompressorSettings(name="topk"))),
+        "gpu": with_plan(ds_config(), plan(option="C.gpu AG.flat D.gpu")),
+        "unknown codec": with_plan(ds_config(), plan(compressor=CompressorSettings(name="topq"))),
+        "ranks differ": with_plan(ds_config(), plan(compressor=CompressorSettings(name="identity", seed=rank))),
+        "one rank torn": with_plan(ds_config(), good) if rank else edited({"made_by": "someone"}, seal=False),
+        "newer schema": with_plan(ds_config(), good),
+    }
+    attempts["newer schema"]["espresso"]["plan"]["schema_version"] = 99
+    messages = {}
+    for name, config in attempts.items():
+        try:
+            engine_for(config)
+            messages[name] = "no error"
+        except EspressoError as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+    return messages
+
+
+def refire():
+    """A weight whose hook fires twice, as reentrant checkpointing makes it: counted in the plan it is right, else it is an error."""
+    engine = planned_engine(ds_config(), {})
+    synchroniser = engine.espresso.synchroniser
+    try:
+        synchroniser.ready("last.bias")
+        synchroniser.ready("last.bias")
+        return "no error"
+    except EspressoError as error:
+        return str(error)
+    finally:
+        synchroniser.flush()
+        engine.espresso.detach()
+
+
+def main():
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    mine = {case.__name__: case() for case in (equality, compressed, without_block, failures, refire)}
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() == 0:
+        with open(sys.argv[1], "w") as file:
+            json.dump(everyone, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        raise

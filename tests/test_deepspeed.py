@@ -1,0 +1,72 @@
+"""Plans on real DeepSpeed engines: equal to plain DeepSpeed where nothing is lossy, and stopped at start where they do not fit."""
+
+import json
+import math
+
+import pytest
+from jobs import TESTS, run, torchrun
+
+PORT = {2: 29641, 4: 29642}
+EXPECTED_FAILURES = {
+    "no plan": "has no plan yet",
+    "unknown key": "unknown key 'compresor'; did you mean 'compressor'?",
+    "world size": "was made for 1 hosts x",
+    "config": "train_micro_batch_size_per_gpu = 4, this run has 8",
+    "zero": "ZeRO stage 1",
+    "missing tensor": "has no decision for 'last.bias'",
+    "extra tensor": "decides for 'ghost'",
+    "shape": "'last.bias' of shape [9] float32",
+    "edited": "was edited after it was made",
+    "sums payloads": "sums payloads, which topk does not allow",
+    "gpu": "compresses on a GPU",
+    "unknown codec": "did you mean 'topk'?",
+    "ranks differ": "ranks disagree: rank 0 has plan seal",
+    "one rank torn": "rank 0: ",
+    "newer schema": "schema_version 99",
+}
+
+
+@pytest.fixture(scope="module", params=(2, 4))
+def told(request, tmp_path_factory):
+    """What every rank of the worker tells, by case."""
+    world, out = request.param, tmp_path_factory.mktemp("worker") / "out.json"
+    done = run([*torchrun(world, PORT[world]), TESTS / "deepspeed_worker.py", out], timeout=280)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return json.loads(out.read_text())
+
+
+def test_lossless_plans_equal_plain_deepspeed(told):
+    for rank in told:
+        for case, result in rank["equality"].items():
+            (stock, stock_sum), (planned, planned_sum) = result["stock"], result["planned"]
+            assert len(stock) == 20
+            if len(told) == 2:
+                assert stock == planned, case
+                assert stock_sum == planned_sum, case
+            else:
+                tolerance = 0.05 if "bf16" in case else 2e-4
+                assert planned == pytest.approx(stock, abs=tolerance), case
+    sums = [{case: result["planned"][1] for case, result in rank["equality"].items()} for rank in told]
+    assert all(other == sums[0] for other in sums)
+
+
+def test_compressed_plans_train_and_keep_ranks_equal(told):
+    for case, result in told[0]["compressed"].items():
+        losses = result["losses"]
+        assert all(map(math.isfinite, losses)), case
+        assert len({rank["compressed"][case]["checksum"] for rank in told}) == 1, case
+
+
+def test_nothing_is_attached_without_a_plan(told):
+    assert all(rank["without_block"] == [False, False] for rank in told)
+
+
+@pytest.mark.parametrize("case", EXPECTED_FAILURES)
+def test_what_does_not_fit_stops_every_rank_alike(told, case):
+    messages = {rank["failures"][case] for rank in told}
+    assert len(messages) == 1
+    assert EXPECTED_FAILURES[case] in messages.pop()
+
+
+def test_a_gradient_that_completes_twice_is_an_error(told):
+    assert all("last.bias: its gradient was completed 2 times" in rank["refire"] for rank in told)
