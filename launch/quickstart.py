@@ -113,13 +113,14 @@ def main() -> None:
     planned = [train("planned", seed, ["--espresso_config", str(plan)]) for seed in args.seeds]
     picture = home / "timelines.png"
     explain = ["espresso", "explain", str(plan), "--picture", str(picture)]
-    run_logged(explain, home / "explain.txt", env, "espresso explain", console)
-    console.print((home / "explain.txt").read_text(), markup=False, highlight=False)
+    run_logged(explain, home / "explain.txt", env | {"COLUMNS": "160"}, "espresso explain", console)
 
     comparison = report.compare(plain, planned, plan, rate=args.rate if emulated else "none, local ranks")
     write_json(home / "report.json", comparison.as_json())
     console.print(report.table(comparison))
-    console.print(f"Picture of both timelines: {picture}; figures: {home / 'report.json'}")
+    shown = {"what was decided for each tensor": "explain.txt", "both timelines": picture.name, "all figures": "report.json"}
+    for what, name in shown.items():
+        console.print(f"{what}: {args.home / name}", highlight=False)
     console.print(f"Total time {(time.monotonic() - started) / 60:.1f} minutes.")
 
 

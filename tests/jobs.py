@@ -44,8 +44,12 @@ def run(command, *, timeout=150, cwd=None, **extra) -> subprocess.CompletedProce
     try:
         output, _ = child.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        output, _ = child.communicate()
+        child.terminate()  # mpirun ends its ranks, which are not of its process group
+        try:
+            output, _ = child.communicate(timeout=15)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            output, _ = child.communicate()
         raise AssertionError(f"not done after {timeout} s: {command}\n{output[-4000:]}") from None
     finally:
         for leftover in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):

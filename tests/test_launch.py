@@ -103,7 +103,7 @@ def test_hf_trainer(tmp_path):
     written = json.loads(plan.read_text())
     written["train_micro_batch_size_per_gpu"] = written["gradient_clipping"] = "auto"
     plan.write_text(json.dumps(written))
-    done = run([*torchrun(2, PORT), SCRIPTS / "trainer.py", plan, tmp_path / "out"], ACCELERATE_USE_CPU="true")
+    done = run([*torchrun(2, PORT), SCRIPTS / "trainer.py", plan, tmp_path / "out"])
     assert done.returncode == 0, done.stdout[-4000:]
     assert "trained 2 ranks; steps: 4" in done.stdout
     assert done.stdout.count(ACTIVE) == 1
@@ -123,7 +123,7 @@ def test_accelerate_launch(tmp_path):
     ("fault", "message"),
     [
         (lambda text: text[: len(text) // 2], "is torn or not JSON"),
-        (lambda text: text.replace('"option"', '"optoin"', 1), "unknown key 'tensors.0.optoin'; did you mean 'option'?"),
+        (lambda text: text.replace('"unit"', '"unti": 1, "unit"', 1), "unknown key 'tensors.0.unti'; did you mean 'unit'?"),
         (lambda text: text.replace('"schema_version": 1', '"schema_version": 7'), "schema_version 7, this espresso_ds knows up to 1"),
         (lambda text: text.replace("AG.flat", "AR.flat"), "was edited after it was made"),
         (lambda text: json.dumps(DS_CONFIG), 'holds no "espresso" block'),

@@ -209,6 +209,26 @@ def test_a_deadline_that_passes_is_an_error_and_the_routine_goes_on():
     ranks.close()
 
 
+@pytest.mark.parametrize("task", [Task.ALLREDUCE, Task.ALLGATHER, Task.ALLTOALL, Task.GATHER])
+def test_a_rank_that_is_gone_is_an_error(task):
+    ranks = Ranks(2)
+    ranks.run(lambda rank, group: routines.allreduce(torch.ones(1), group).wait(DEADLINE_S))
+    here, gone = ranks.groups[0]
+    ranks.groups[0] = [here]
+    gone.shutdown()
+    del gone
+    out, x = torch.empty(2_000_002), torch.ones(1_000_001)
+    arguments = {
+        Task.ALLREDUCE: (x,),
+        Task.ALLGATHER: (out, x),
+        Task.ALLTOALL: (torch.empty(8), torch.ones(8)),
+        Task.GATHER: (out, x, 0),
+    }
+    with pytest.raises(SyncError, match=task.name.lower()):
+        routines.ROUTINES[task](*arguments[task], here).wait(DEADLINE_S / 3)
+    ranks.close()
+
+
 def test_buffers_that_do_not_fit_are_refused(ranks):
     world, group = ranks.world, ranks.groups[0][0]  # refused before anything is sent: one rank is enough
     x = torch.ones(2 * world)

@@ -6,19 +6,22 @@ Every function takes flat contiguous tensors of one dtype and device, with all b
 on one group have to come in the same order on all ranks; several may be in flight. Reductions are sums, and the sum of one
 element is computed in one place or in one order, so all ranks that get it get the same bits.
 
-On CUDA these are torch's own collectives. On the CPU (gloo) the routines that only move rows are sends and receives, with the
-receives posted first. In gloo's alltoall and allgather a rank that comes a moment late announces its receives behind its own
-outgoing bytes; the other rank sends only then, and a full-duplex link carries one direction at a time. Sends and receives also
-need no copy through a buffer of gloo's and none of its two worker threads. Gloo's reduce-scatter is an allreduce, at twice the
-bytes.
+On CUDA these are torch's own collectives. On the CPU (gloo) alltoall, reduce-scatter and gather, and allgather of two ranks, are
+sends and receives, with the receives posted first. In gloo's own, a rank that comes a moment late announces its receives behind
+its outgoing bytes; the other rank sends only then, and a full-duplex link carries one direction at a time. Sends and receives
+also need no copy through a buffer of gloo's and none of its two worker threads. Gloo's allgather of more ranks is a ring, whose
+links carry one direction only, and where hosts have several ranks it crosses between hosts less often. Gloo's reduce-scatter is
+an allreduce, at twice the bytes.
 
-The functions raise SyncError for buffers whose sizes don't fit, since gloo would read past them or leave a part of them out.
+The functions raise SyncError where another rank is already gone, and for buffers whose sizes don't fit: gloo would read past them
+or leave a part of them out. Of a rank that dies in the middle of a message gloo may tell nothing: `wait` then runs to its deadline.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -49,15 +52,13 @@ class Started:
             SyncError: the routine failed or `timeout_s` seconds have passed. The group is then of no further use.
         """
         deadline = time.monotonic() + timeout_s
-        try:
+        with _torch_errors(self.task):
             while self.works:
                 if self.on_cuda:
-                    self.works[-1].wait()
+                    self.works[0].wait()
                 else:  # gloo takes no time at all, and less, for no deadline
-                    self.works[-1].wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-                self.works.pop()  # a send or receive may be waited for only once
-        except RuntimeError as error:  # torch's one kind for everything that may go wrong here
-            raise SyncError(f"{self.task.name.lower()}: {error}") from error
+                    self.works[0].wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+                self.works.pop(0)  # a send or receive may be waited for only once
         then, self.then = self.then, None
         if then is not None:
             then()
@@ -66,14 +67,14 @@ class Started:
 def allreduce(x: Tensor, group: dist.ProcessGroup) -> Started:
     """Replace `x`, shape (n,), by its sum over all ranks."""
     _check(x)
-    return Started(Task.ALLREDUCE, [group.allreduce([x])], x.is_cuda)
+    return _start(Task.ALLREDUCE, x, lambda: group.allreduce([x]))
 
 
 def allgather(out: Tensor, inp: Tensor, group: dist.ProcessGroup) -> Started:
     """Fill `out`, shape (W * n,), with every rank's `inp`, shape (n,), in rank order."""
     _check(inp, whole=out, parts=group.size())
-    if inp.is_cuda:
-        return Started(Task.ALLGATHER, [group._allgather_base(out, inp)], inp.is_cuda)
+    if inp.is_cuda or group.size() > 2:
+        return _start(Task.ALLGATHER, inp, lambda: group._allgather_base(out, inp))
     return _exchange(Task.ALLGATHER, out.chunk(group.size()), [inp] * group.size(), group)
 
 
@@ -85,7 +86,7 @@ def reduce_scatter(out: Tensor, inp: Tensor, group: dist.ProcessGroup, scratch: 
     """
     _check(out, whole=inp, parts=group.size())
     if inp.is_cuda:
-        return Started(Task.REDUCE_SCATTER, [group._reduce_scatter_base(out, inp)], inp.is_cuda)
+        return _start(Task.REDUCE_SCATTER, inp, lambda: group._reduce_scatter_base(out, inp))
     received = torch.empty_like(inp) if scratch is None else scratch
     _check(received, whole=inp, parts=1)
 
@@ -104,7 +105,7 @@ def reduce(x: Tensor, root: int, group: dist.ProcessGroup) -> Started:
     _check(x)
     options = dist.ReduceOptions()
     options.rootRank = root
-    return Started(Task.REDUCE, [group.reduce([x], options)], x.is_cuda)
+    return _start(Task.REDUCE, x, lambda: group.reduce([x], options))
 
 
 def broadcast(x: Tensor, root: int, group: dist.ProcessGroup) -> Started:
@@ -112,7 +113,7 @@ def broadcast(x: Tensor, root: int, group: dist.ProcessGroup) -> Started:
     _check(x)
     options = dist.BroadcastOptions()
     options.rootRank = root
-    return Started(Task.BROADCAST, [group.broadcast([x], options)], x.is_cuda)
+    return _start(Task.BROADCAST, x, lambda: group.broadcast([x], options))
 
 
 def alltoall(out: Tensor, inp: Tensor, group: dist.ProcessGroup) -> Started:
@@ -121,7 +122,7 @@ def alltoall(out: Tensor, inp: Tensor, group: dist.ProcessGroup) -> Started:
     if inp.numel() % group.size():
         raise SyncError(f"alltoall: {inp.numel()} elements are not {group.size()} equal rows; pad the buffer")
     if inp.is_cuda:
-        return Started(Task.ALLTOALL, [group.alltoall_base(out, inp, [], [])], inp.is_cuda)
+        return _start(Task.ALLTOALL, inp, lambda: group.alltoall_base(out, inp, [], []))
     return _exchange(Task.ALLTOALL, out.chunk(group.size()), inp.chunk(group.size()), group)
 
 
@@ -136,7 +137,7 @@ def gather(out: Tensor | None, inp: Tensor, root: int, group: dist.ProcessGroup)
     if inp.is_cuda:
         options = dist.GatherOptions()
         options.rootRank = root
-        return Started(Task.GATHER, [group.gather([rows] if rows else [], [inp], options)], inp.is_cuda)
+        return _start(Task.GATHER, inp, lambda: group.gather([rows] if rows else [], [inp], options))
     receivers = [inp if rank == root else None for rank in range(group.size())]
     return _exchange(Task.GATHER, rows or [None] * group.size(), receivers, group)
 
@@ -163,10 +164,25 @@ def _exchange(task: Task, out: Sequence[Tensor | None], inp: Sequence[Tensor | N
     if own_out is not None and own_inp is not None:
         own_out.copy_(own_inp)
     peers = [(rank + shift) % world for shift in range(1, world)]  # each rank starts with another peer
-    # Receives first: see the top of this file.
-    works = [group.recv([row], peer, 0) for peer in reversed(peers) if (row := out[peer]) is not None]
-    works += [group.send([row], peer, 0) for peer in peers if (row := inp[peer]) is not None]
+    with _torch_errors(task):
+        # Posted first for the reason at the top of this file; waited for first, since gloo tells only them that a rank is gone.
+        works = [group.recv([row], peer, 0) for peer in reversed(peers) if (row := out[peer]) is not None]
+        works += [group.send([row], peer, 0) for peer in peers if (row := inp[peer]) is not None]
     return Started(task, works, on_cuda=False)
+
+
+def _start(task: Task, x: Tensor, collective: Callable[[], dist.Work]) -> Started:
+    with _torch_errors(task):
+        return Started(task, [collective()], x.is_cuda)
+
+
+@contextmanager
+def _torch_errors(task: Task) -> Iterator[None]:
+    """Raise torch's RuntimeError, its one kind for all that may go wrong between ranks, as a SyncError that names the routine."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SyncError(f"{task.name.lower()}: {error}") from error
 
 
 def _check(part: Tensor, whole: Tensor | None = None, parts: int = 1) -> None:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 parser = argparse.ArgumentParser()
 parser.add_argument("--forget")
 parser.add_argument("--steps", type=int, default=4)
-parser.add_argument("--local_rank", type=int, default=0)
+parser.add_argument("--local_rank", type=int, default=-1)
 args = deepspeed.add_config_arguments(parser).parse_args()
 
 torch.set_num_threads(1)
-deepspeed.init_distributed()
+deepspeed.init_distributed(distributed_port=29652)
 if args.forget and dist.get_rank() == 0:
     os.unlink(args.forget)
 dist.barrier()

@@ -35,7 +35,6 @@ arguments = TrainingArguments(
     per_device_train_batch_size=4,
     max_steps=4,
     report_to=[],
-    use_cpu=True,
     save_strategy="no",
     disable_tqdm=True,
 )
