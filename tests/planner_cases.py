@@ -90,7 +90,7 @@ def random_case(rng: random.Random, tensors=3, equal=False, device="cpu"):
         encode=10 ** rng.uniform(-10, -8),
         decode=10 ** rng.uniform(-10.5, -8.5),
         fixed_s=1e-5,
-        contention=rng.choice([0.0, 0.5, 1.0]),
+        contention=rng.choice([0.0, 0.5, 1.0, 1.7]),
     )
     return trace, cluster, codecs
 

@@ -66,16 +66,16 @@ def test_a_bubble_hides_what_is_sent_before_it():
 
 
 def test_codec_work_on_the_cpu_slows_backward_by_its_contention():
-    """Contention 1/2: two seconds of C delay the backward by one, and so does D until backward ends.
+    """Contention 1/2: two seconds of C take three and delay the backward by one; D runs faster once backward has ended.
 
-    backward  . . 0 - . 1 - .
-    cpu       . . C C . D D
-    link      . . . . 0 1
+    backward  . . 0 - - - - - 1 .
+    cpu       . . C C C . D D D D
+    link      . . . . . 0 . . 1
     """
-    trace = trace_of([(4, 2.0), (1, 4.0)], backward_s=5)
+    trace = trace_of([(4, 2.0), (1, 6.0)], backward_s=6.5)
     timeline = simulate(units_with(trace, GATHERED["cpu"], AR), trace, plain_costs(contention=0.5))
-    assert work(timeline) == {(0, "C.cpu"): (2, 4), (0, "AG.flat"): (4, 5), (0, "D.cpu"): (5, 7), (1, "AR.flat"): (5, 6)}
-    assert (timeline.backward_end_s, timeline.iteration_s) == (7, 7)
+    assert work(timeline) == {(0, "C.cpu"): (2, 5), (0, "AG.flat"): (5, 6), (0, "D.cpu"): (6, 8.75), (1, "AR.flat"): (7.5, 8.5)}
+    assert (timeline.backward_end_s, timeline.iteration_s) == (8.25, 8.75)
 
 
 def test_codec_work_on_the_gpu_stops_backward():
@@ -197,12 +197,13 @@ def reference(walks, ready, backward_s, contention):
     inboxes = [[] for _ in range(9)]
     occupied = [False] * 9
     progress = {"at": 0.0, "done": 0.0, "next": 0, "version": 0}
+    cpu = {"version": 0, "planned": 0.0, "finish": None}
 
     def later(when, call):
         heapq.heappush(heap, (when, next(tickets), call))
 
     def rate():
-        return 0.0 if busy[0] else (1 - contention if busy[1] else 1.0)
+        return 0.0 if busy[0] else (1 / (1 + contention) if busy[1] else 1.0)
 
     def aim():
         """Predict again when backward reaches the next unit; older predictions are void."""
@@ -225,6 +226,11 @@ def reference(walks, ready, backward_s, contention):
             ends["backward"] = now[0]
             progress["version"] += 1
             progress["next"] = None
+            if busy[1]:
+                finish, planned = cpu["finish"], cpu["planned"]
+                cpu["version"] += 1
+                own = cpu["version"]
+                later(now[0] + (planned - now[0]) / (1 + contention), lambda: own == cpu["version"] and finish())
             return
         aim()
         inboxes[0].append(unit)
@@ -249,7 +255,15 @@ def reference(walks, ready, backward_s, contention):
                     account()
                     aim()
 
-            later(now[0] + seconds, finish)
+            if resource == 1:
+                alone = progress["next"] is None
+                cpu["planned"] = now[0] + (seconds if alone else seconds * (1 + contention))
+                cpu["finish"] = finish
+                cpu["version"] += 1
+                own = cpu["version"]
+                later(cpu["planned"], lambda: own == cpu["version"] and finish())
+            else:
+                later(now[0] + seconds, finish)
             if progress["next"] is not None:
                 aim()
 

@@ -12,9 +12,9 @@ A lane takes units in plan order and serves one at a time: the next only when th
 the link and the CPU, which serve whoever asks first, the earlier unit where two ask at once.
 
 Codec work slows the backward down. On the tensor's own GPU the backward stands still meanwhile (the paper's GPU compression; work
-that arrives within the backward of a tensor is served at once and not after it). On the CPU the backward proceeds at
-1 - contention of its speed, so that a second of codec work delays it by `contention` seconds. Once the backward has ended nothing
-is delayed.
+that arrives within the backward of a tensor is served at once and not after it). On the CPU both share the cores: while they run
+together each proceeds at 1 / (1 + contention) of its speed, so that a second of codec work delays the backward by `contention`
+seconds (1: they take turns on one core) and takes as much longer itself. Once the backward has ended nothing is delayed.
 
     F(S) = forward + max(end of backward, end of the last synchronisation) + after
 
@@ -38,7 +38,7 @@ STOCK_BUCKET_NUMEL = 500_000_000
 """DeepSpeed's bucket: gradients are gathered until they have more elements than this, then reduced as one buffer."""
 
 _INF = float("inf")
-_LINK = int(Resource.LINK)
+_COMPUTE, _CPU, _LINK = map(int, (Resource.COMPUTE, Resource.CPU, Resource.LINK))
 _Lean = tuple[tuple[int, float], ...]
 
 
@@ -236,7 +236,9 @@ def _run(
     serving = [False] * len(lanes)
     queues: tuple[deque[int], ...] = (deque(), deque(), deque())
     at = [-1, -1, -1]  # the unit on each resource
+    begun = [0.0, 0.0, 0.0]
     until = [_INF, _INF, _INF]
+    shared = 1.0 + contention  # how much longer codec work on the CPU takes while backward runs, and backward beside it
 
     def request(unit: int) -> None:
         resource, seconds = walks[unit][position[unit]]
@@ -244,9 +246,8 @@ def _run(
             queues[resource].append(unit)
             return
         at[resource] = unit
-        until[resource] = now + seconds
-        if log is not None:
-            log.append((unit, resource, now, now + seconds))
+        begun[resource] = now
+        until[resource] = now + (seconds * shared if resource == _CPU and upcoming <= count else seconds)
 
     def serve(lane: int) -> None:
         """Let the lane take units until one occupies it with codec work."""
@@ -280,12 +281,16 @@ def _run(
         if source < 0:  # a unit is ready, or backward ends
             if upcoming == count:
                 backward_end = now
+                if at[_CPU] >= 0:
+                    until[_CPU] = now + (until[_CPU] - now) / shared
             else:
                 lanes[0].append(unit)
                 if not serving[0]:
                     serve(0)
             upcoming += 1
         else:
+            if log is not None:
+                log.append((unit, source, begun[source], now))
             at[source], until[source] = -1, _INF
             if queues[source]:  # who waits came before whoever is about to ask
                 request(queues[source].popleft())
@@ -306,4 +311,4 @@ def _run(
                 serve(lane)
             if not more:
                 synced = now
-        rate = 0.0 if at[0] >= 0 else 1.0 - contention if at[1] >= 0 else 1.0
+        rate = 0.0 if at[_COMPUTE] >= 0 else 1.0 / shared if at[_CPU] >= 0 else 1.0

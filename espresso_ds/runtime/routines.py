@@ -14,7 +14,7 @@ links carry one direction only, and where hosts have several ranks it crosses be
 an allreduce, at twice the bytes.
 
 The functions raise SyncError where another rank is already gone, and for buffers whose sizes don't fit: gloo would read past them
-or leave a part of them out. Of a rank that dies in the middle of a message gloo may tell nothing: `wait` then runs to its deadline.
+or leave a part of them out. When a rank dies in the middle of a message, gloo may not tell: `wait` then runs to its deadline.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def reduce_scatter(out: Tensor, inp: Tensor, group: dist.ProcessGroup, scratch: 
     """
     _check(out, whole=inp, parts=group.size())
     if inp.is_cuda:
-        return _start(Task.REDUCE_SCATTER, inp, lambda: group._reduce_scatter_base(out, inp))
+        return _start(Task.REDUCE_SCATTER, inp, lambda: group._reduce_scatter_base(out, inp, dist.ReduceScatterOptions()))
     received = torch.empty_like(inp) if scratch is None else scratch
     _check(received, whole=inp, parts=1)
 
