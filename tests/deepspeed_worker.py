@@ -1,6 +1,6 @@
 """One rank of the DeepSpeed tests: runs every case in one process, since importing DeepSpeed takes seconds. Rank 0 writes JSON.
 
-    torchrun --nproc-per-node 2 deepspeed_worker.py OUT.json
+torchrun --nproc-per-node 2 deepspeed_worker.py OUT.json
 """
 
 import json
@@ -155,6 +155,7 @@ def failures():
 
     good = plan()
     tensors = good.tensors
+    ghost = tensors[0].model_copy(update={"name": "ghost", "unit": tensors[-1].unit + 1})
     attempts = {
         "no plan": {**ds_config(), "espresso": {"compressor": {"name": "topk"}}},
         "unknown key": {**ds_config(), "espresso": {"compresor": {"name": "topk"}}},
@@ -162,7 +163,7 @@ def failures():
         "config": with_plan(ds_config(train_micro_batch_size_per_gpu=8), good),
         "zero": with_plan(ds_config(zero_optimization={"stage": 1}), good),
         "missing tensor": edited({"tensors": tensors[1:]}),
-        "extra tensor": edited({"tensors": (*tensors, tensors[0].model_copy(update={"name": "ghost", "unit": tensors[-1].unit + 1}))}),
+        "extra tensor": edited({"tensors": (*tensors, ghost)}),
         "shape": edited({"tensors": (tensors[0].model_copy(update={"shape": (9,)}), *tensors[1:])}),
         "edited": edited({"tensors": tensors[::-1]}, seal=False),
         "sums payloads": with_plan(ds_config(), plan(option="C.cpu AR.flat D.cpu", compressor=CompressorSettings(name="topk"))),
@@ -184,7 +185,7 @@ def failures():
 
 
 def refire():
-    """A weight whose hook fires twice, as reentrant checkpointing makes it: counted in the plan it is right, else it is an error."""
+    """A hook that fires twice where the plan says once, as reentrant checkpointing would make it."""
     engine = planned_engine(ds_config(), {})
     synchroniser = engine.espresso.synchroniser
     try:

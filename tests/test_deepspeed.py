@@ -1,4 +1,4 @@
-"""Plans on real DeepSpeed engines: equal to plain DeepSpeed where nothing is lossy, and stopped at start where they do not fit."""
+"""Plans on real DeepSpeed engines: equal to plain DeepSpeed where nothing is lossy, stopped at start where they do not fit."""
 
 import json
 import math

@@ -6,8 +6,10 @@ import argparse
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
+from ..core.record import FileRecord
 from ..integrations import boot
 from .job import Reporter
 from .launching import add_cluster_arguments, add_launch_arguments
@@ -23,7 +25,7 @@ from .profile import (
 from .trace import describe as describe_trace
 from .trace import trace_script
 
-FILES = {"trace": ModelTrace, "cluster": ClusterProfile, "compressors": CompressorProfile}
+FILES: dict[str, type[FileRecord]] = {"trace": ModelTrace, "cluster": ClusterProfile, "compressors": CompressorProfile}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure what is not given, plan, and write plan.json; the profiles go to a directory beside it."""
     config, block = read_ds_config(args.ds_config)
     block = block.model_copy(update={"compressor": compressor_settings(args, block.compressor)})
-    given = {kind: record.load(path) for kind, record in FILES.items() if (path := getattr(args, kind)) is not None}
+    given: dict[str, Any] = {kind: record.load(path) for kind, record in FILES.items() if (path := getattr(args, kind))}
     directory = profile_directory(args.out)
     # Work beside the target, so that what is moved there at the end is whole whenever we are interrupted.
     with tempfile.TemporaryDirectory(dir=args.out.resolve().parent, prefix=".espresso-") as scratch, Reporter() as report:

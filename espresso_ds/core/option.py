@@ -99,13 +99,13 @@ class Option:
         return " ".join(map(str, self.actions))
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> Option:
         """Inverse of `str`; the result is checked.
 
         Raises:
             FileError: an unknown action, or actions in an order that cannot average a tensor.
         """
-        return _parse(cls, text)
+        return _parse(text)  # type and result are immutable, so parsed texts are shared
 
     @cached_property
     def compresses(self) -> bool:
@@ -162,8 +162,8 @@ class Option:
 
 
 @lru_cache(maxsize=8192)
-def _parse(cls: type[Option], text: str) -> Option:
-    option = cls(tuple(Action.parse(word) for word in text.split()))
+def _parse(text: str) -> Option:
+    option = Option(tuple(Action.parse(word) for word in text.split()))
     option.check()
     return option
 

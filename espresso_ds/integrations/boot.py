@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 WATCHED = ("deepspeed", "deepspeed.launcher.runner")
 HOOK_FILE = "espresso_ds_hook.pth"
 HOOK_LINE = "import espresso_ds.integrations.boot"
@@ -17,16 +21,16 @@ HOOK_LINE = "import espresso_ds.integrations.boot"
 class _Loader:
     """The module's own loader, with our call after the module has been executed."""
 
-    def __init__(self, loader: object) -> None:
+    def __init__(self, loader: Any) -> None:
         self._loader = loader
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def create_module(self, spec: object) -> object:
+    def create_module(self, spec: Any) -> Any:
         return self._loader.create_module(spec)
 
-    def exec_module(self, module: object) -> None:
+    def exec_module(self, module: Any) -> None:
         self._loader.exec_module(module)
         from . import deepspeed_patch
 
@@ -39,7 +43,7 @@ class _Finder:
     def __init__(self) -> None:
         self._searching = False
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in WATCHED or self._searching:
             return None
         self._searching = True

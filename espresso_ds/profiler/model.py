@@ -9,7 +9,7 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -112,7 +112,7 @@ def summarise(
     """
     steps = list(zip(*ranks, strict=True))
 
-    def over_steps(of_rank: object) -> float:
+    def over_steps(of_rank: Callable[[StepTimes], float]) -> float:
         return statistics.median(max(of_rank(times) for times in step) for step in steps)
 
     backward_s = over_steps(lambda times: times.backward_s)
@@ -122,7 +122,7 @@ def summarise(
             shape=tuple(param.shape),
             dtype=str(param.dtype).removeprefix("torch."),
             numel=param.numel(),
-            ready_s=min(backward_s, over_steps(lambda times, name=name: times.ready.get(name, times.backward_s))),
+            ready_s=min(backward_s, over_steps(functools.partial(_ready_s, name))),
             firings=max(times.firings.get(name, 1) for step in steps for times in step),
         )
         for name, param in parameters.items()
@@ -146,3 +146,8 @@ def summarise(
         spread=spread,
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.ready_s)),
     )
+
+
+def _ready_s(name: str, times: StepTimes) -> float:
+    """When a gradient was complete; a parameter that got none is known to be complete when backward ends."""
+    return times.ready.get(name, times.backward_s)

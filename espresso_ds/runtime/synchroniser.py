@@ -101,16 +101,13 @@ class Synchroniser:
 
     def _submit(self, number: int) -> None:
         unit, members = self._units[number]
-        for member in members:
-            if member.param.grad is None:
-                member.param.grad = torch.zeros_like(member.param)
+        grads = [_gradient(member.param) for member in members]
         mark = streams.mark(members[0].param.device)
-        self._jobs.append(self._lanes.submit(unit.label, self._steps(number, unit, members, mark, self.step)))
+        self._jobs.append(self._lanes.submit(unit.label, self._steps(number, unit, grads, mark, self.step)))
 
-    def _steps(self, number: int, unit: Unit, members: list[Member], mark: object, step: int) -> Steps:
+    def _steps(self, number: int, unit: Unit, grads: list[Tensor], mark: object, step: int) -> Steps:
         """Gradients into the unit's buffer, the option's actions, the buffer into the gradients."""
         streams.wait(mark)
-        grads = [member.param.grad for member in members]
         x = self._buffer(number, unit, grads)
         parts = x[: unit.numel].split([grad.numel() for grad in grads])
         for part, grad in zip(parts, grads, strict=True):
@@ -135,3 +132,10 @@ class Synchroniser:
         if number not in self._buffers:
             self._buffers[number] = torch.empty(numel, dtype=dtype, device=grads[0].device)
         return self._buffers[number]
+
+
+def _gradient(param: torch.nn.Parameter) -> Tensor:
+    """The parameter's gradient; zeros, kept as its gradient, where it has none."""
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad
