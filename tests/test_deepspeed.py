@@ -6,6 +6,8 @@ import math
 import pytest
 from jobs import TESTS, run, torchrun
 
+pytestmark = pytest.mark.slow
+
 PORT = {2: 29641, 4: 29642}
 EXPECTED_FAILURES = {
     "no plan": "has no plan yet",

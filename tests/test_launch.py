@@ -21,6 +21,8 @@ FACTS = {
     "precision": "fp32",
     "communication_data_type": "float32",
 }
+pytestmark = pytest.mark.slow
+
 PORT = 29651
 ACTIVE = "plan active"
 

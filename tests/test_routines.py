@@ -2,12 +2,11 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import DEADLINE_S, Ranks
 
 from espresso_ds.core import option
 from espresso_ds.core.errors import SyncError
@@ -17,32 +16,6 @@ from espresso_ds.runtime import routines
 WORLDS = (1, 2, 3, 4)
 LENGTHS = (1, 7, 1001)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-DEADLINE_S = 30.0
-
-
-class Ranks:
-    """`world` ranks as threads of this process, each with a gloo group of its own per lane."""
-
-    def __init__(self, world: int, lanes: int = 1):
-        self.world = world
-        self.threads = ThreadPoolExecutor(world)
-        store = dist.HashStore()
-
-        def join(rank, lane):
-            return dist.ProcessGroupGloo(dist.PrefixStore(str(lane), store), rank, world, timedelta(seconds=DEADLINE_S))
-
-        self.groups = [list(self.threads.map(join, range(world), [lane] * world)) for lane in range(lanes)]
-
-    def run(self, work):
-        """Results of `work(rank, group)` of all ranks at once; an error of any rank is raised."""
-        return list(self.threads.map(work, range(self.world), self.groups[0], timeout=2 * DEADLINE_S))
-
-    def close(self):
-        self.threads.shutdown()
-        for lane in self.groups:
-            for group in lane:
-                group.shutdown()
-        self.groups.clear()
 
 
 @pytest.fixture(scope="module", params=WORLDS)
