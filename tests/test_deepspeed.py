@@ -70,5 +70,11 @@ def test_what_does_not_fit_stops_every_rank_alike(told, case):
     assert EXPECTED_FAILURES[case] in messages.pop()
 
 
+def test_a_rank_alone_with_its_plan_stops_and_names_the_others(told):
+    first, *others = (rank["alone"] for rank in told)
+    assert f"ranks {list(range(1, len(told)))} have not come with a plan" in first
+    assert set(others) == {"no error"}
+
+
 def test_a_gradient_that_completes_twice_is_an_error(told):
     assert all("last.bias: its gradient was completed 2 times" in rank["refire"] for rank in told)

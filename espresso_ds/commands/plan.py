@@ -92,8 +92,8 @@ def describe(plan: Plan) -> str:
     gain = predicted.stock_s / predicted.planned_s
     if not compressed:
         return (
-            f"compression does not pay here: nothing compressed, step {predicted.planned_s:.3f} s by overlap alone "
-            f"({gain:.2f}x DeepSpeed's {predicted.stock_s:.3f} s)"
+            f"nothing compressed; expected step {predicted.planned_s:.3f} s by overlap alone, not {predicted.stock_s:.3f} s "
+            f"({gain:.2f}x), {predicted.compute_s:.3f} s without any synchronisation"
         )
     return (
         f"{compressed} of {len(plan.tensors)} tensors compressed; expected step {predicted.planned_s:.3f} s instead of "

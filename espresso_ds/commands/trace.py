@@ -17,6 +17,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("trace", help="time the gradients of a script or of a Hugging Face model", description=__doc__)
     add_cluster_arguments(parser)
     add_launch_arguments(parser)
+    parser.add_argument("--ds-config", type=Path, help="DeepSpeed JSON config for a script that names none itself")
     parser.add_argument("-o", "--out", type=Path, default=Path("trace.json"), help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps to time, after 3 to warm up (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="(default: %(default)s)")
@@ -56,6 +57,8 @@ def trace_script(args: argparse.Namespace, out: Path, report: Report) -> ModelTr
     out.unlink(missing_ok=True)
     log = out.with_suffix(".log")
     env = {"ESPRESSO_TRACE_OUT": str(out.resolve()), "ESPRESSO_TRACE_STEPS": str(args.steps)}
+    if args.ds_config is not None:
+        env["ESPRESSO_TRACE_CONFIG"] = str(args.ds_config.resolve())
     for name in ("ESPRESSO_PLAN", "ESPRESSO_CONFIG"):
         if name in os.environ:
             env[name] = ""

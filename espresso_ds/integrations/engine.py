@@ -20,12 +20,15 @@ from ..core.option import Device, Option
 from ..core.plan import Plan, TensorDecision
 from ..feedback import Feedback
 from ..runtime import streams
-from ..runtime.agree import Agreement
+from ..runtime.agree import Agreement, meet
 from ..runtime.executor import Executor, Unit
 from ..runtime.lanes import Lanes
 from ..runtime.synchroniser import Member, Scaling, Synchroniser
 from .engine_facts import check_made_for, check_supported, layout, timing_config, trainable
 from .plan_source import Source
+
+MEETING_S = 60.0
+"""How long a rank without a usable plan waits for the others to hear of it."""
 
 
 def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None) -> None:
@@ -40,6 +43,7 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
         EspressoError: the same one on every rank: a bad plan, one made for something else, an unsupported engine, or ranks that
             disagree.
     """
+    meet(source.block.timeout_s if source else MEETING_S)
     control = dist.new_group(backend="gloo")
     agreement = Agreement(control)
     with agreement.collecting():

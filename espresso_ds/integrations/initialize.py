@@ -11,6 +11,7 @@ from typing import Any
 from .plan_source import DISABLE_ENV, PATH_ENV, PLAN_ENV, Source
 
 TRACE_ENV = "ESPRESSO_TRACE_OUT"
+TRACE_CONFIG_ENV = "ESPRESSO_TRACE_CONFIG"
 BLOCK = "espresso"
 
 
@@ -36,7 +37,10 @@ def initialize_with_plan(initialize: Callable[..., Any], args: tuple, kwargs: Ma
     source: Source | None = None
     fault: EspressoError | None = None
     tracing = bool(os.environ.get(TRACE_ENV))
-    if not tracing:
+    if tracing:
+        if config is None and os.environ.get(TRACE_CONFIG_ENV):
+            config = call.arguments["config"] = os.environ[TRACE_CONFIG_ENV]
+    else:
         try:
             source = plan_source.choose(plan_source.from_env(), config, where)
         except EspressoError as error:

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ..core.errors import EspressoError, MismatchError
 from ..core.record import fingerprint
+
+_meetings = itertools.count()
+
+
+def meet(timeout_s: float) -> None:
+    """Wait until every rank of the default group has come here; ranks without a plan never do and would leave the others hanging.
+
+    Raises:
+        MismatchError: ranks are missing after `timeout_s` seconds; they are named.
+    """
+    store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    meeting = next(_meetings)
+    keys = [f"espresso/{meeting}/{rank}" for rank in range(world)]
+    store.set(keys[dist.get_rank()], "")
+    try:
+        store.wait(keys, timedelta(seconds=timeout_s))
+    except RuntimeError:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise MismatchError(
+            f"after {timeout_s:g} s ranks {missing} have not come with a plan; give every rank the same one: launch with "
+            "`deepspeed --espresso_config plan.json`, and check each host with `espresso doctor`"
+        ) from None
 
 
 class Agreement:
