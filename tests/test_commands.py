@@ -114,7 +114,13 @@ def test_interrupted_prepare_leaves_nothing_half_written(tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(DS_CONFIG))
     command = [ESPRESSO, "prepare", "--ds-config", "ds.json", "--ranks", "2", "--master-port", str(PORT), "-o", "plan.json", TINY]
     child = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     time.sleep(3)  # the ranks are starting
     child.send_signal(signal.SIGINT)

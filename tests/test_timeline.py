@@ -16,7 +16,7 @@ from espresso_ds.core.errors import FileError
 from espresso_ds.core.option import Level, Option, Task
 from espresso_ds.core.profile import ClusterProfile, Device
 from espresso_ds.planner.build import candidate_options
-from espresso_ds.planner.cost import Costs, Resource
+from espresso_ds.planner.cost import Costs, Resource, undisturbed
 from espresso_ds.planner.fuse import fuse, singles
 from espresso_ds.planner.timeline import Unit, iteration_time, simulate, stock_time, stock_timeline, to_chrome
 
@@ -161,12 +161,12 @@ def test_walks_follow_the_rows_of_the_runtime():
 
 
 def test_costs_go_through_the_samples_and_never_fall():
-    samples = {"nbytes": (100, 200, 400), "seconds": (1.0, 4.0, 5.0), "alpha_s": 3.0, "beta_s_per_byte": 0.01, "fit_error": 0.1}
+    samples = {"nbytes": (100, 200, 400), "seconds": (1.0, 2.8, 5.0), "alpha_s": 3.0, "beta_s_per_byte": 0.01, "fit_error": 0.1}
     routine = {"routine": "AR", "level": "flat", "ranks": 2, **samples}
     cluster = ClusterProfile(backend="gloo", hosts=("a", "b"), ranks_per_node=1, links={}, routines=(routine,))
     costs = Costs(cluster, codecs_of())
     times = {n: costs.comm(Task.ALLREDUCE, Level.FLAT, n) for n in (50, 100, 150, 200, 300, 400, 600)}
-    assert times == pytest.approx({50: 1, 100: 1, 150: 2.5, 200: 4, 300: 4.5, 400: 5, 600: 7})
+    assert times == pytest.approx({50: 1, 100: 1, 150: 1.9, 200: 2.8, 300: 3.9, 400: 5, 600: 7})
 
 
 def test_what_was_not_measured_is_named():
@@ -383,3 +383,9 @@ def test_only_measured_devices_that_training_has_are_used():
         candidate_options(trace, codecs_of(device="gpu"))
     assert {a.at for o in candidate_options(trace, codecs_of()) for a in o.actions} == {Device.CPU, Level.FLAT}
     assert len(candidate_options(trace, codecs_of(summable=True))) == 13
+
+
+def test_a_disturbed_sample_is_lowered_to_its_neighbours():
+    assert undisturbed((10, 20, 40), (1.0, 5.0, 4.0)) == (1.0, 2.0, 4.0)
+    assert undisturbed((10, 20, 40), (1.0, 2.4, 4.0)) == (1.0, 2.4, 4.0)
+    assert undisturbed((10, 20), (5.0, 1.0)) == (5.0, 1.0)

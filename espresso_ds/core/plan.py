@@ -76,6 +76,7 @@ class Plan(FileRecord):
     profiles: dict[str, str] = Field(description="fingerprints of the trace, cluster and compressor profiles")
     compressor: CompressorSettings
     predicted: Prediction
+    chunk_numel: PositiveInt | None = Field(None, description="larger compressed units travel in chunks of so many elements")
     tensors: tuple[TensorDecision, ...]
     seal: str = ""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import sys
 from datetime import timedelta
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from ..compressors import registry
+from ..core.chunks import chunk_lengths
 from ..core.errors import EspressoError, FileError, UnsupportedError
 from ..core.option import Device, Option
-from ..core.plan import Plan, TensorDecision
+from ..core.plan import Plan
 from ..feedback import Feedback
 from ..runtime import streams
 from ..runtime.agree import Agreement, meet
@@ -72,8 +74,8 @@ class Attachment:
         plan, timeout_s = source.plan, source.block.timeout_s
         parameters = trainable(engine)
         device = next(iter(parameters.values())).device
-        units = [_unit(index, tensors, parameters) for index, tensors in enumerate(plan.units())]
-        steps = max(unit.steps for unit, _ in units)
+        units = _units(plan, parameters)
+        steps = max(chunks[0].steps for chunks, _ in units)
         backend = dist.get_backend()
         self._groups = [dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s)) for _ in range(steps)]
         self.feedback = Feedback(plan.compressor.feedback)
@@ -124,12 +126,18 @@ def scaling_of(engine: Any) -> Scaling:
     return Scaling(1.0 / predivide, predivide / world)
 
 
-def _unit(
-    index: int, tensors: tuple[TensorDecision, ...], parameters: dict[str, torch.nn.Parameter]
-) -> tuple[Unit, list[Member]]:
-    label = tensors[0].name if len(tensors) == 1 else f"{tensors[0].name} (+{len(tensors) - 1})"
-    members = [Member(tensor.name, parameters[tensor.name], tensor.firings) for tensor in tensors]
-    return Unit(index, label, sum(tensor.numel for tensor in tensors), Option.parse(tensors[0].option)), members
+def _units(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> list[tuple[list[Unit], list[Member]]]:
+    """The plan's units, large compressed ones in chunks, each with its parameters."""
+    units, index = [], itertools.count()
+    for tensors in plan.units():
+        option = Option.parse(tensors[0].option)
+        label = tensors[0].name if len(tensors) == 1 else f"{tensors[0].name} (+{len(tensors) - 1})"
+        numel = sum(tensor.numel for tensor in tensors)
+        lengths = chunk_lengths(numel, plan.chunk_numel if option.compresses else None, dist.get_world_size())
+        labels = [label] if len(lengths) == 1 else [f"{label} [{place}]" for place in range(len(lengths))]
+        chunks = [Unit(next(index), text, length, option) for text, length in zip(labels, lengths, strict=True)]
+        units.append((chunks, [Member(tensor.name, parameters[tensor.name], tensor.firings) for tensor in tensors]))
+    return units
 
 
 def _check_options(plan: Plan, summable: bool, device: str | int | float | bool) -> None:

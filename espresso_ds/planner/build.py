@@ -8,10 +8,11 @@ from ..core.errors import FileError, MismatchError
 from ..core.option import UNCOMPRESSED, Device, Option
 from ..core.plan import MadeFor, Plan, Prediction, TensorDecision
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
+from .chunk import best_chunk, chunked
 from .cost import Costs
 from .decide import Trials
 from .search import Progress, plan_compressed, plan_uncompressed
-from .timeline import Timeline, Unit, simulate, stock_time, stock_timeline
+from .timeline import Timeline, Unit, iteration_time, simulate, stock_time, stock_timeline
 from .tree import flat_options, summable_options
 
 
@@ -48,16 +49,17 @@ def make_plan(
     plain = plan_uncompressed(trace, costs)
     options = candidate_options(trace, compressors)
     units = plain if uncompressed else plan_compressed(options, trace, costs, plain, progress)
-    timeline = simulate(units, trace, costs)
+    chunk_numel = None if uncompressed else best_chunk(units, trace, costs)
+    pieces = chunked(units, chunk_numel, costs.world)
     predicted = Prediction(
         compute_s=trace.compute_s,
         stock_s=stock_time(trace, costs),
         uncompressed_s=simulate(plain, trace, costs).iteration_s,
-        planned_s=timeline.iteration_s,
+        planned_s=iteration_time(pieces, trace, costs),
         uncompressed_bytes=_sent_bytes(plain, costs),
-        planned_bytes=_sent_bytes(units, costs),
+        planned_bytes=_sent_bytes(pieces, costs),
     )
-    reasons = [(0.0, "uncompressed, as asked")] * len(units) if uncompressed else _reasons(units, options, timeline, trace, costs)
+    reasons = [(0.0, "uncompressed, as asked")] * len(units) if uncompressed else _reasons(units, options, trace, costs)
     tensors = tuple(
         TensorDecision(
             name=tensor.name,
@@ -81,6 +83,7 @@ def make_plan(
         profiles=fingerprints,
         compressor=compressors.compressor,
         predicted=predicted,
+        chunk_numel=chunk_numel,
         tensors=tensors,
     ).sealed()
 
@@ -126,7 +129,7 @@ def timelines_of(plan: Plan, trace: ModelTrace, cluster: ClusterProfile, compres
     return {
         "DeepSpeed": stock_timeline(trace, costs),
         "uncompressed, overlapped": simulate(plan_uncompressed(trace, costs), trace, costs),
-        "planned": simulate(units_of(plan, trace), trace, costs),
+        "planned": simulate(chunked(units_of(plan, trace), plan.chunk_numel, costs.world), trace, costs),
     }
 
 
@@ -154,11 +157,9 @@ def _sent_bytes(units: Sequence[Unit], costs: Costs) -> int:
     return round(sum(costs.walk(unit.option, unit.numel).sent_bytes for unit in units))
 
 
-def _reasons(
-    units: Sequence[Unit], options: Sequence[Option], timeline: Timeline, trace: ModelTrace, costs: Costs
-) -> list[tuple[float, str]]:
+def _reasons(units: Sequence[Unit], options: Sequence[Option], trace: ModelTrace, costs: Costs) -> list[tuple[float, str]]:
     """For each unit the seconds that its option saves against uncompressed, and the reason in words."""
-    trials = Trials(units, trace, costs)
+    trials, timeline = Trials(units, trace, costs), simulate(units, trace, costs)
     reasons = []
     for index, unit in enumerate(units):
         saves_s = 0.0 if unit.option == UNCOMPRESSED else trials.time_with(index, UNCOMPRESSED) - trials.time

@@ -88,6 +88,7 @@ class Costs:
         self._walks: dict[tuple[Option, int], Walk] = {}
         for cost in cluster.routines:
             _check_samples(f"cluster profile: {cost.routine}.{cost.level} of {cost.ranks} ranks", cost.nbytes, cost.seconds)
+        self._seconds = {key: undisturbed(cost.nbytes, cost.seconds) for key, cost in self._routines.items()}
         for times in compressors.devices:
             columns = (times.payload_nbytes, times.encode_s, times.decode_s)
             _check_samples(f"compressor profile: device {times.device}", times.numel, *columns)
@@ -107,18 +108,20 @@ class Costs:
         Raises:
             FileError: the routine was not measured at that level with that many ranks.
         """
-        cost = self._routines.get((routine, level, self._ranks[level]))
+        key = routine, level, self._ranks[level]
+        cost = self._routines.get(key)
         if cost is None:
             raise FileError(
                 f"cluster profile: {routine}.{level} was not measured with {self._ranks[level]} ranks; "
                 f"measure it with `{ClusterProfile.MADE_BY}`"
             )
+        seconds = self._seconds[key]
         if nbytes <= cost.nbytes[0]:
-            alpha = min(cost.alpha_s, cost.seconds[0])
-            return alpha + (cost.seconds[0] - alpha) * nbytes / cost.nbytes[0]
+            alpha = min(cost.alpha_s, seconds[0])
+            return alpha + (seconds[0] - alpha) * nbytes / cost.nbytes[0]
         if nbytes >= cost.nbytes[-1]:
-            return cost.seconds[-1] + cost.beta_s_per_byte * (nbytes - cost.nbytes[-1])
-        return _between(cost.nbytes, cost.seconds, nbytes)
+            return seconds[-1] + cost.beta_s_per_byte * (nbytes - cost.nbytes[-1])
+        return _between(cost.nbytes, seconds, nbytes)
 
     def encode_s(self, device: Device, numel: int) -> float:
         """Seconds to compress `numel` elements into one payload, error feedback included. Raises FileError."""
@@ -209,6 +212,20 @@ def _between(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
 
 def _line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
     return _between(xs, ys, x) if len(xs) > 1 else ys[0] * x / xs[0]
+
+
+def undisturbed(nbytes: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...]:
+    """The samples of a routine with those that stick out by over a quarter lowered to the line between their neighbours.
+
+    Disturbances only ever add time, and a routine's curve has no peaks: a sample in the middle that costs much more than its
+    neighbours suggest was disturbed, and would scare the planner away from that size.
+    """
+    kept = list(seconds)
+    for place in range(1, len(kept) - 1):
+        line = _between(nbytes[place - 1 :: 2][:2], (kept[place - 1], kept[place + 1]), nbytes[place])
+        if kept[place] > 1.25 * line:
+            kept[place] = line
+    return tuple(kept)
 
 
 def _codec_seconds(numels: Sequence[int], seconds: Sequence[float], numel: int) -> float:

@@ -38,11 +38,19 @@ class Member:
 
 
 class Synchroniser:
-    """Synchronises the gradients of one engine, unit by unit, in the order of `units` on every rank."""
+    """Synchronises the gradients of one engine, unit by unit, in the order of `units` on every rank.
+
+    Args:
+        units: each as its chunks (one for most) and its parameters, whose gradients follow each other in the unit's buffer.
+        executor: runs the chunks' options.
+        lanes: where they run.
+        scaling: applied around the sum over ranks.
+        wire_dtype: of what is sent uncompressed.
+    """
 
     def __init__(
         self,
-        units: Sequence[tuple[Unit, list[Member]]],
+        units: Sequence[tuple[list[Unit], list[Member]]],
         executor: Executor,
         lanes: Lanes,
         scaling: Scaling,
@@ -56,6 +64,7 @@ class Synchroniser:
         self._unit_of = {member.name: number for number, (_, members) in enumerate(units) for member in members}
         self._member = {member.name: member for _, members in units for member in members}
         self._missing = [len(members) for _, members in units]
+        self._submitted = 0
         self._jobs: list[Job] = []
         self._buffers: dict[int, Tensor] = {}
         self._lock = threading.Lock()
@@ -83,15 +92,15 @@ class Synchroniser:
                     "trace the model again with `espresso trace` (activation checkpointing has changed since)"
                 )
             self._missing[self._unit_of[name]] -= 1
-            while len(self._jobs) < len(self._units) and self._missing[len(self._jobs)] == 0:
-                self._submit(len(self._jobs))
+            while self._submitted < len(self._units) and self._missing[self._submitted] == 0:
+                self._submit_next()
 
     def flush(self) -> None:
         """Submit what is left (a parameter without a gradient counts as zeros), wait for all, and get ready for the next step."""
         with self._lock:
-            for number in range(len(self._jobs), len(self._units)):
-                self._submit(number)
-            jobs, self._jobs = self._jobs, []
+            while self._submitted < len(self._units):
+                self._submit_next()
+            jobs, self._jobs, self._submitted = self._jobs, [], 0
             self._missing = [len(members) for _, members in self._units]
             for member in self._member.values():
                 member.seen = 0
@@ -99,34 +108,42 @@ class Synchroniser:
         self._lanes.wait(jobs)
         streams.join(self._units[0][1][0].param.device)
 
-    def _submit(self, number: int) -> None:
-        unit, members = self._units[number]
+    def _submit_next(self) -> None:
+        number = self._submitted
+        chunks, members = self._units[number]
         grads = [_gradient(member.param) for member in members]
         mark = streams.mark(members[0].param.device)
-        self._jobs.append(self._lanes.submit(unit.label, self._steps(number, unit, grads, mark, self.step)))
+        for place, chunk in enumerate(chunks):
+            self._jobs.append(self._lanes.submit(chunk.label, self._steps(number, place, grads, mark, self.step)))
+        self._submitted += 1
 
-    def _steps(self, number: int, unit: Unit, grads: list[Tensor], mark: object, step: int) -> Steps:
-        """Gradients into the unit's buffer, the option's actions, the buffer into the gradients."""
+    def _steps(self, number: int, place: int, grads: list[Tensor], mark: object, step: int) -> Steps:
+        """One chunk: the first brings the gradients into the unit's buffer, the last takes them back; lanes keep their order."""
+        chunks, _ = self._units[number]
+        chunk, numel = chunks[place], sum(chunk.numel for chunk in chunks)
         streams.wait(mark)
-        x = self._buffer(number, unit, grads)
-        parts = x[: unit.numel].split([grad.numel() for grad in grads])
-        for part, grad in zip(parts, grads, strict=True):
-            if part.data_ptr() != grad.data_ptr():
+        buffer = self._buffer(number, chunks, grads)
+        parts = buffer[:numel].split([grad.numel() for grad in grads])
+        elsewhere = [(part, grad) for part, grad in zip(parts, grads, strict=True) if part.data_ptr() != grad.data_ptr()]
+        if place == 0:
+            for part, grad in elsewhere:
                 part.copy_(grad.reshape(-1))
-        x[unit.numel :].zero_()
+            buffer[numel:].zero_()
+        start = sum(before.numel for before in chunks[:place])
+        x = buffer[start : start + self._executor.buffer_numel(chunk)]
         if self._scaling.before != 1.0:
             x.mul_(self._scaling.before)
-        yield from self._executor.run(unit, x, step)
+        yield from self._executor.run(chunk, x, step)
         if self._scaling.after != 1.0:
             x.mul_(self._scaling.after)
-        for part, grad in zip(parts, grads, strict=True):
-            if part.data_ptr() != grad.data_ptr():
+        if chunk is chunks[-1]:
+            for part, grad in elsewhere:
                 grad.copy_(part.view(grad.shape))
 
-    def _buffer(self, number: int, unit: Unit, grads: list[Tensor]) -> Tensor:
+    def _buffer(self, number: int, chunks: list[Unit], grads: list[Tensor]) -> Tensor:
         """The flat buffer: the gradient itself where it can serve, else one that is kept for the unit."""
-        dtype = torch.float32 if unit.option.compresses else self._wire_dtype
-        numel = self._executor.buffer_numel(unit)
+        dtype = torch.float32 if chunks[0].option.compresses else self._wire_dtype
+        numel = sum(map(self._executor.buffer_numel, chunks))  # all chunks but the last have whole shards: no padding
         if len(grads) == 1 and grads[0].dtype == dtype and grads[0].is_contiguous() and numel == grads[0].numel():
             return grads[0].view(-1)
         if number not in self._buffers:

@@ -1,0 +1,32 @@
+"""Cutting large compressed units into chunks: the one size for the plan that makes the step shortest.
+
+A unit's compression, transfer and decompression follow each other; in chunks they overlap. What is sent uncompressed gains
+nothing. Found after all else is decided, since it changes how long a unit takes far less than its option does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..core.chunks import chunk_lengths
+from ..core.profile import ModelTrace
+from .cost import Costs
+from .timeline import Unit, iteration_time
+
+SIZES = (None, 1 << 22, 1 << 21, 1 << 20, 1 << 19)
+"""Elements per chunk. Smaller ones cost more latency and codec calls than they hide."""
+
+
+def chunked(units: Sequence[Unit], chunk_numel: int | None, world_size: int) -> list[Unit]:
+    """The units in plan order with every large compressed one replaced by its chunks."""
+    return [
+        replace(unit, numel=length)
+        for unit in units
+        for length in chunk_lengths(unit.numel, chunk_numel if unit.option.compresses else None, world_size)
+    ]
+
+
+def best_chunk(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> int | None:
+    """The size with the least F(S), the larger one at a tie. Raises FileError (a cost was not measured)."""
+    return min(SIZES, key=lambda size: iteration_time(chunked(units, size, costs.world), trace, costs))
