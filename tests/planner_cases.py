@@ -39,7 +39,7 @@ def trace_of(tensors, *, world=2, node=1, device="cpu", forward_s=0.0, backward_
     )
 
 
-def cluster_of(*, world=2, node=1, alpha_s=0.0, bytes_per_s=4.0, traffic=TRAFFIC, sizes=(2**10, 2**16, 2**24)):
+def cluster_of(*, world=2, node=1, alpha_s=0.0, bytes_per_s=4.0, traffic=TRAFFIC, sizes=(2**10, 2**16, 2**24), contention=0.0):
     """A cluster whose routines follow alpha + traffic * bytes / bandwidth exactly."""
     routines = []
     for name, factor in traffic.items():
@@ -48,7 +48,8 @@ def cluster_of(*, world=2, node=1, alpha_s=0.0, bytes_per_s=4.0, traffic=TRAFFIC
         row = {"routine": name, "level": "flat", "ranks": world, "nbytes": sizes, "seconds": seconds}
         routines.append({**row, "alpha_s": alpha_s, "beta_s_per_byte": beta, "fit_error": 0.0})
     hosts = [f"host{i}" for i in range(world // node)]
-    return ClusterProfile(backend="gloo", hosts=hosts, ranks_per_node=node, links={}, routines=routines)
+    fixed = {"backend": "gloo", "links": {}, "contention": contention}
+    return ClusterProfile(hosts=hosts, ranks_per_node=node, routines=routines, **fixed)
 
 
 def codecs_of(
@@ -84,7 +85,9 @@ def random_case(rng: random.Random, tensors=3, equal=False, device="cpu"):
     trace = trace_of(rows, world=world, device=device, forward_s=0.01, backward_s=ready + 0.001, after_s=0.001)
     skews = {name: rng.uniform(0.8, 1.2) for name in TRAFFIC}
     skew = {name: (lambda w, g, name=name: skews[name] * TRAFFIC[name](w, g)) for name in TRAFFIC}
-    cluster = cluster_of(world=world, alpha_s=alpha_s, bytes_per_s=10 ** rng.uniform(7, 9.5), traffic=skew)
+    cluster = cluster_of(
+        world=world, alpha_s=alpha_s, bytes_per_s=10 ** rng.uniform(7, 9.5), traffic=skew, contention=rng.choice([0.0, 0.2])
+    )
     codecs = codecs_of(
         device="gpu" if device == "cuda" else "cpu",
         encode=10 ** rng.uniform(-10, -8),

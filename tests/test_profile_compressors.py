@@ -97,8 +97,8 @@ def test_a_codec_that_fails_in_the_background_is_heard(monkeypatch):
 def test_contention_is_delay_per_second_of_codec_work(monkeypatch, together, calls, expected):
     """Computing takes 0.4 s alone; a call takes calls[0] alone and calls[1] beside computing."""
     times, per_call = iter((0.4, together, 0.4)), iter(calls)
-    monkeypatch.setattr(compressors, "_calibrate", lambda device: 1)
-    monkeypatch.setattr(compressors, "_multiply", lambda products, device: next(times))
+    monkeypatch.setattr(compressors, "calibrate", lambda device, seconds: 1)
+    monkeypatch.setattr(compressors, "multiply", lambda products, device: next(times))
     monkeypatch.setattr(compressors, "_repeat", lambda call, device, enough: (10, next(per_call)))
     assert measure_contention(make(CompressorSettings(name="identity")), 1) == pytest.approx(expected)
 

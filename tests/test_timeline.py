@@ -189,7 +189,7 @@ def test_chrome_trace_holds_every_span():
     assert {(e["name"], e["ts"], e["dur"]) for e in events} >= {("C.cpu t0", 3e6, 2e6), ("AR.flat t1", 6e6, 1e6)}
 
 
-def reference(walks, ready, backward_s, contention):
+def reference(walks, ready, backward_s, contention, link_contention):
     """Step time from the start of backward, by lanes as workers that call back: written apart from the planner's loop."""
     heap, now, busy, ends = [], [0.0], {0: None, 1: None, 2: None}, {"backward": 0.0, "synced": 0.0}
     waiting, tickets = {resource: [] for resource in busy}, itertools.count()
@@ -203,7 +203,7 @@ def reference(walks, ready, backward_s, contention):
         heapq.heappush(heap, (when, next(tickets), call))
 
     def rate():
-        return 0.0 if busy[0] else (1 / (1 + contention) if busy[1] else 1.0)
+        return 0.0 if busy[0] else 1 / (1 + contention * bool(busy[1]) + link_contention * bool(busy[2]))
 
     def aim():
         """Predict again when backward reaches the next unit; older predictions are void."""
@@ -305,7 +305,7 @@ def test_an_independent_simulator_agrees(device):
         options = candidate_options(trace, codecs)
         units = units_with(trace, *(rng.choice(options) for _ in trace.tensors))
         walks = [costs.walk(unit.option, unit.numel).lean for unit in units]
-        slow = reference(walks, [unit.ready_s for unit in units], trace.backward_s, costs.contention)
+        slow = reference(walks, [unit.ready_s for unit in units], trace.backward_s, costs.contention, costs.link_contention)
         fast = iteration_time(units, trace, costs)
         assert fast == pytest.approx(trace.forward_s + slow + trace.after_s, rel=1e-9)
         assert simulate(units, trace, costs).iteration_s == pytest.approx(fast, rel=1e-12)

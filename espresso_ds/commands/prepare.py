@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
         try:
             trace = given.get("trace") or trace_script(args, work / "trace.json", report.part(0.0, 0.4, "trace"))
             trace.save(work / "trace.json")
-            cluster = given.get("cluster") or profile_cluster(args, work / "cluster.json", report.part(0.4, 0.75, "cluster"))
+            cluster = given.get("cluster") or profile_cluster(
+                args, work / "cluster.json", report.part(0.4, 0.75, "cluster"), trace.threads
+            )
             cluster.save(work / "cluster.json")
             compressors = given.get("compressors") or profile_compressor(
                 args, block.compressor, work / "trace.json", work / "compressors.json", report.part(0.75, 0.95, "compressors")

@@ -64,9 +64,13 @@ def run_compressors(args: argparse.Namespace) -> None:
     print(f"{args.out}: {describe_compressor(profile)}")
 
 
-def profile_cluster(args: argparse.Namespace, out: Path, report: Report) -> ClusterProfile:
-    """Measure the cluster with one process per rank. Raises JobError, FileError, UnsupportedError."""
-    command = ranks_command(args, "espresso_ds.profiler.cluster", "-o", str(out.resolve()))
+def profile_cluster(args: argparse.Namespace, out: Path, report: Report, threads: int | None = None) -> ClusterProfile:
+    """Measure the cluster with one process per rank, which has `threads` compute threads (default: as torch decides).
+
+    Raises JobError, FileError, UnsupportedError.
+    """
+    more = [] if threads is None else ["--threads", str(threads)]
+    command = ranks_command(args, "espresso_ds.profiler.cluster", "-o", str(out.resolve()), *more)
     run_job(command, out.with_suffix(".log"), report)
     return ClusterProfile.load(out)
 
@@ -90,7 +94,8 @@ def describe_cluster(profile: ClusterProfile) -> str:
         else f"{level} {link.alpha_s * 1e3:.3g} ms"
         for level, link in profile.links.items()
     )
-    return f"{profile.nodes} hosts x {profile.ranks_per_node} ranks over {profile.backend}: {links}"
+    size = f"{profile.nodes} hosts x {profile.ranks_per_node} ranks"
+    return f"{size} over {profile.backend}: {links}; contention {profile.contention:.2f}"
 
 
 def describe_compressor(profile: CompressorProfile) -> str:

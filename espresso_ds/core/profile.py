@@ -91,6 +91,9 @@ class ClusterProfile(FileRecord):
     backend: str
     hosts: tuple[str, ...]
     ranks_per_node: PositiveInt
+    contention: NonNegativeFloat = Field(
+        0.0, description="seconds by which one second of communication delays the computing that runs at the same time"
+    )
     links: dict[Level, Link] = Field(description="intra where a node has two ranks, inter where there are two nodes")
     routines: tuple[RoutineCost, ...]
 

@@ -10,7 +10,7 @@ from ..core.plan import MadeFor, Plan, Prediction, TensorDecision
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from .chunk import best_chunk, chunked
 from .cost import Costs
-from .decide import Trials
+from .decide import Trials, beyond_gain
 from .search import Progress, plan_compressed, plan_uncompressed
 from .timeline import Timeline, Unit, iteration_time, simulate, stock_time, stock_timeline
 from .tree import flat_options, summable_options
@@ -159,11 +159,11 @@ def _sent_bytes(units: Sequence[Unit], costs: Costs) -> int:
 
 def _reasons(units: Sequence[Unit], options: Sequence[Option], trace: ModelTrace, costs: Costs) -> list[tuple[float, str]]:
     """For each unit the seconds that its option saves against uncompressed, and the reason in words."""
-    trials, timeline = Trials(units, trace, costs), simulate(units, trace, costs)
+    trials, hidden = Trials(units, trace, costs), beyond_gain(simulate(units, trace, costs), costs)
     reasons = []
     for index, unit in enumerate(units):
         saves_s = 0.0 if unit.option == UNCOMPRESSED else trials.time_with(index, UNCOMPRESSED) - trials.time
-        if index in timeline.hidden and not unit.option.compresses:
+        if index in hidden and not unit.option.compresses:
             reasons.append((saves_s, "hidden: sent before a bubble, compressing gains nothing"))
             continue
         others = [option for option in options if option.compresses and option != unit.option]

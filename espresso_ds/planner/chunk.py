@@ -16,6 +16,8 @@ from .timeline import Unit, iteration_time
 
 SIZES = (None, 1 << 22, 1 << 21, 1 << 20, 1 << 19)
 """Elements per chunk. Smaller ones cost more latency and codec calls than they hide."""
+WORTHWHILE = 0.002
+"""Least share of the step that cutting finer must save."""
 
 
 def chunked(units: Sequence[Unit], chunk_numel: int | None, world_size: int) -> list[Unit]:
@@ -28,5 +30,7 @@ def chunked(units: Sequence[Unit], chunk_numel: int | None, world_size: int) -> 
 
 
 def best_chunk(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> int | None:
-    """The size with the least F(S), the larger one at a tie. Raises FileError (a cost was not measured)."""
-    return min(SIZES, key=lambda size: iteration_time(chunked(units, size, costs.world), trace, costs))
+    """The size with the least F(S), or a larger one that is hardly worse. Raises FileError (a cost was not measured)."""
+    times = {size: iteration_time(chunked(units, size, costs.world), trace, costs) for size in SIZES}
+    enough = min(times.values()) * (1 + WORTHWHILE)
+    return next(size for size, time in times.items() if time <= enough)

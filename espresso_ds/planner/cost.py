@@ -82,6 +82,7 @@ class Costs:
             raise FileError(f"model trace: wire_dtype is {wire_dtype!r}{nearest(wire_dtype, WIRE_BYTES)}")
         self.world = cluster.world_size
         self.element_bytes = WIRE_BYTES[wire_dtype]
+        self.link_contention = cluster.contention
         self._ranks = {Level.FLAT: cluster.world_size, Level.INTRA: cluster.ranks_per_node, Level.INTER: cluster.nodes}
         self._routines = {(cost.routine, cost.level, cost.ranks): cost for cost in cluster.routines}
         self._codecs = {times.device: times for times in compressors.devices}

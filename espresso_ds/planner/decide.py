@@ -11,8 +11,9 @@ a bubble before the later one is ready, and its compression holds the link up, w
 one's communication. On 300 random instances of three equal tensors (2 to 8 ranks, one device) later first found the best of all
 plans in 94%, earlier first in 87%; where they differed, later first was better 36 times and worse 10 times.
 
-Deviation: a unit that is compressed already, in a plan given to `decide`, is looked at even before a bubble, since to compress it
-less may spare the backward the codec's work.
+Deviations: where a busy link slows the backward (`Costs.link_contention`), Property 1 does not hold, since to send a hidden unit
+faster leaves more of the cores to the backward; no unit is skipped then. A unit that is compressed already, in a plan given to
+`decide`, is looked at even before a bubble, since to compress it less may spare the backward the codec's work.
 """
 
 from __future__ import annotations
@@ -23,10 +24,16 @@ from dataclasses import replace
 from ..core.option import UNCOMPRESSED, Option
 from ..core.profile import ModelTrace
 from .cost import Costs
-from .timeline import Unit, simulate, step_time
+from .timeline import Timeline, Unit, simulate, step_time
 
 ROUNDING = 1e-9
 """Share of the step time below which two predictions are the same."""
+
+
+def beyond_gain(timeline: Timeline, costs: Costs) -> frozenset[int]:
+    """Units that Property 1 rules out."""
+    return timeline.hidden if costs.link_contention == 0.0 else frozenset()
+
 
 Progress = Callable[[int, int], None]
 
@@ -131,7 +138,7 @@ def decide(
         FileError: a cost was not measured.
     """
     trials = Trials(units, trace, costs)
-    hidden = simulate(trials.units, trace, costs).hidden
+    hidden = beyond_gain(simulate(trials.units, trace, costs), costs)
     for done, index in enumerate(order_of_size(units)):
         progress(done, len(units))
         current = trials.units[index].option
@@ -141,7 +148,7 @@ def decide(
         _, option = trials.best(index, others, below=trials.time * (1 - ROUNDING))
         if option is not None:
             trials.replace(index, option)
-            hidden = simulate(trials.units, trace, costs).hidden
+            hidden = beyond_gain(simulate(trials.units, trace, costs), costs)
     return trials.units
 
 

@@ -14,7 +14,8 @@ the link and the CPU, which serve whoever asks first, the earlier unit where two
 Codec work slows the backward down. On the tensor's own GPU the backward stands still meanwhile (the paper's GPU compression; work
 that arrives within the backward of a tensor is served at once and not after it). On the CPU both share the cores: while they run
 together each proceeds at 1 / (1 + contention) of its speed, so that a second of codec work delays the backward by `contention`
-seconds (1: they take turns on one core) and takes as much longer itself. Once the backward has ended nothing is delayed.
+seconds (1: they take turns on one core) and takes as much longer itself. A busy link slows the backward in the same way by the
+cluster's own contention, since the network stack needs cores too. Once the backward has ended nothing is delayed.
 
     F(S) = forward + max(end of backward, end of the last synchronisation) + after
 
@@ -130,7 +131,7 @@ def iteration_time(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> fl
 
 def step_time(walks: Sequence[_Lean], ready_s: Sequence[float], trace: ModelTrace, costs: Costs) -> float:
     """F(S) of units given as (resource, seconds) steps and ready times: what the search calls thousands of times."""
-    backward_end, synced = _run(walks, ready_s, trace.backward_s, costs.contention, None)
+    backward_end, synced = _run(walks, ready_s, trace.backward_s, costs.contention, costs.link_contention, None)
     return trace.forward_s + max(backward_end, synced) + trace.after_s
 
 
@@ -139,7 +140,9 @@ def simulate(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> Timeline
     walks = [costs.walk(unit.option, unit.numel) for unit in units]
     log: list[tuple[int, int, float, float]] = []
     ready = [unit.ready_s for unit in units]
-    backward_end, synced = _run([walk.lean for walk in walks], ready, trace.backward_s, costs.contention, log)
+    backward_end, synced = _run(
+        [walk.lean for walk in walks], ready, trace.backward_s, costs.contention, costs.link_contention, log
+    )
     names = [unit.name(trace) for unit in units]
     offset, taken = trace.forward_s, [0] * len(units)
     spans = []
@@ -217,6 +220,7 @@ def _run(
     ready_s: Sequence[float],
     backward_s: float,
     contention: float,
+    link_contention: float,
     log: list[tuple[int, int, float, float]] | None,
 ) -> tuple[float, float]:
     """Play the units through lanes and resources, event by event; return the ends of backward and of the last synchronisation.
@@ -311,4 +315,7 @@ def _run(
                 serve(lane)
             if not more:
                 synced = now
-        rate = 0.0 if at[_COMPUTE] >= 0 else 1.0 / shared if at[_CPU] >= 0 else 1.0
+        if at[_COMPUTE] >= 0:
+            rate = 0.0
+        else:
+            rate = 1.0 / (1.0 + (contention if at[_CPU] >= 0 else 0.0) + (link_contention if at[_LINK] >= 0 else 0.0))

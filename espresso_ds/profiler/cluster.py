@@ -14,11 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..core.errors import EspressoError, FileError, SyncError
 from ..core.option import Level
 from ..core.profile import ClusterProfile, Link, RoutineCost
 from ..runtime.routines import ROUTINES
 from .fit import fit_line
+from .link_contention import measure_link_contention
 from .measure import QUICK, THOROUGH, Effort, Progress, measure
 from .probes import Buffers, largest, link_pairs, link_probe, one_way, routine_probe
 from .rendezvous import Ranks, joined
@@ -27,7 +30,7 @@ PROGRESS = "@progress"
 _TIMEOUT_S = 120.0
 
 
-def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress) -> ClusterProfile:
+def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress, threads: int | None = None) -> ClusterProfile:
     """Measure the routines over all ranks and the links; called by all ranks together, which get the same profile.
 
     Raises:
@@ -38,6 +41,7 @@ def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress) -> Cluster
     probes = [routine_probe(task, ranks, buffers) for task in ROUTINES]
     probes += [link_probe(level, pair, ranks, buffers) for level, pair in pairs.items()]
     try:
+        contention = measure_link_contention(ranks, threads or torch.get_num_threads())
         measured = measure(probes, effort, lambda seconds: largest(ranks, list(seconds)), progress)
     except RuntimeError as error:  # torch's one kind for everything that may go wrong between ranks
         raise SyncError(f"measuring failed: {error}") from error
@@ -46,6 +50,7 @@ def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress) -> Cluster
         backend=ranks.backend,
         hosts=ranks.hosts,
         ranks_per_node=ranks.ranks_per_node,
+        contention=contention,
         links={level: Link(**fit_line(list(times), list(times.values()))._asdict()) for level, times in links.items()},
         routines=tuple(
             RoutineCost(
@@ -79,13 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m espresso_ds.profiler.cluster", description="Measure links and routines.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where rank 0 writes the cluster profile")
     parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl where there is CUDA, else gloo")
+    parser.add_argument("--threads", type=int, help="compute threads of a rank in training (default: torch's number here)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     arguments = parser.parse_args(argv)
     try:
         with joined(arguments.backend, _TIMEOUT_S) as ranks:
             _check_output(arguments.output, ranks)
             progress = _print_progress if ranks.rank == 0 else _no_progress
-            profile = profile_cluster(ranks, QUICK if arguments.quick else THOROUGH, progress)
+            profile = profile_cluster(ranks, QUICK if arguments.quick else THOROUGH, progress, arguments.threads)
             if ranks.rank == 0:
                 profile.save(arguments.output)
                 print(f"{arguments.output}: {summary(profile)}", flush=True)

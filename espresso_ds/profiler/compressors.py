@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
 from espresso_ds.compressors.base import Codec
 from espresso_ds.compressors.registry import make
@@ -26,12 +25,13 @@ from espresso_ds.core.option import Device
 from espresso_ds.core.profile import CodecTimes, CompressorProfile
 from espresso_ds.feedback import Feedback
 
+from .computing import calibrate, multiply
+
 SMALLEST, LARGEST = 1 << 8, 1 << 24
 _POOL = 1 << 23
 """Elements over which the tensors of one size are spread: 32 MiB."""
 _PHASE_S = 0.3
 _PHASE_NUMEL = 1 << 20
-_MATMUL = 384
 
 
 def geometric_sizes(largest: int = LARGEST) -> tuple[int, ...]:
@@ -118,22 +118,22 @@ def measure_contention(
     call, before = _codec_call(codec, feedback, device), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        products = _calibrate(device)
+        products = calibrate(device, _PHASE_S)
         barrier()
         call_s = _repeat(call, device, lambda elapsed: elapsed >= _PHASE_S)[1]
         barrier()
-        first = _multiply(products, device)
+        first = multiply(products, device)
         stop = threading.Event()
         barrier()
         with ThreadPoolExecutor(1) as pool:
             background = pool.submit(_repeat, call, device, lambda elapsed: stop.is_set())
             try:
-                together = _multiply(products, device)
+                together = multiply(products, device)
             finally:
                 stop.set()
             busy_call_s = background.result()[1]
         barrier()
-        second = _multiply(products, device)
+        second = multiply(products, device)
     finally:
         torch.set_num_threads(before)
     codec_s = together / busy_call_s * call_s
@@ -205,24 +205,3 @@ def _repeat(call: Callable[[], None], device: torch.device, enough: Callable[[fl
             elapsed = time.perf_counter() - start
             if enough(elapsed):
                 return calls, elapsed / calls
-
-
-def _calibrate(device: torch.device) -> int:
-    """How many matrix products take about the time of a phase."""
-    _multiply(2, device)
-    trial = 10
-    return max(trial, round(trial * _PHASE_S / _multiply(trial, device)))
-
-
-def _multiply(products: int, device: torch.device) -> float:
-    """Seconds of so many products of square matrices."""
-    left: Tensor = torch.full((_MATMUL, _MATMUL), 1e-3, device=device)
-    out = torch.empty_like(left)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(products):
-        torch.mm(left, left, out=out)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    return time.perf_counter() - start
