@@ -101,6 +101,7 @@ class Attachment:
         if dist.is_initialized():
             for group in self._groups:
                 dist.destroy_process_group(group)
+        self._groups.clear()  # the executor's too: gloo aborts if its threads outlive the interpreter
 
     def _ready(self, name: str, _: torch.nn.Parameter) -> None:
         engine = self._engine

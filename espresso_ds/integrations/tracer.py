@@ -6,6 +6,7 @@ ends by SystemExit(0) from `engine.step()` before it can save.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import Any
@@ -35,6 +36,7 @@ def attach_tracer(engine: Any) -> None:
 class _Tracer:
     def __init__(self, engine: Any, group: dist.ProcessGroup, steps: int) -> None:
         self._engine, self._group, self._steps = engine, group, steps
+        atexit.register(vars(self).pop, "_group")  # gloo aborts if its threads outlive the interpreter
         self._parameters = trainable(engine)
         self._recorder = Recorder(self._parameters)
         self._nodes, self._ranks_per_node = layout()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..core.option import UNCOMPRESSED, Option
 from ..core.profile import ModelTrace
 from .cost import Costs
-from .decide import ROUNDING, decide, drop_idle
+from .decide import ROUNDING, decide, drop_idle, spare
 from .fuse import buckets, fuse, singles
 from .timeline import Unit, iteration_time
 
@@ -29,6 +29,9 @@ BUCKETS = tuple(2**power for power in range(14, 29))
 
 WORTHWHILE = 0.01
 """Least share of the uncompressed step that compression must save: less is within the noise of any step time, and it is lossy."""
+
+GIVEN = 0.01
+"""Share of the planned step that is given for leaving tensors uncompressed whose compression saves next to nothing."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,6 +51,8 @@ def plan_compressed(
     progress: Progress = lambda stage, done, total: None,
 ) -> list[Unit]:
     """The fastest plan found, which is `uncompressed` itself unless compression saves WORTHWHILE of its step time.
+
+    The plan may be GIVEN slower than the fastest, for fewer compressed tensors.
 
     Args:
         options: candidates for every unit.
@@ -74,7 +79,9 @@ def plan_compressed(
         if time >= best_s * (1 - ROUNDING):
             break
         best, best_s = units, time
-    return best if best_s <= limit else list(uncompressed)
+    if best_s > limit:
+        return list(uncompressed)
+    return fuse(spare(best, trace, costs, min(limit, best_s * (1 + GIVEN))), trace, costs)
 
 
 def _round(units: Sequence[Unit], options: Sequence[Option], trace: ModelTrace, costs: Costs) -> tuple[list[Unit], float]:
