@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.errors import SyncError
@@ -30,6 +29,8 @@ class Pending(Protocol):
         """Block until it is complete; raise if it failed or `timeout_s` have passed."""
 
 
+_CLOSE_S = 5.0
+
 Steps = Generator[Pending, None, None]
 
 
@@ -40,7 +41,7 @@ class Job:
     label: str
     steps: Steps
     pending: Pending | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    done: bool = False
     error: BaseException | None = None
 
 
@@ -49,6 +50,7 @@ class Lanes:
 
     def __init__(self, count: int, timeout_s: float, on_thread_start: Callable[[], None] = lambda: None) -> None:
         self._timeout_s = timeout_s
+        self._finished = threading.Condition()
         self._on_thread_start = on_thread_start
         self._inboxes: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in range(count + 1)]
         self._threads = [
@@ -70,21 +72,29 @@ class Lanes:
         Raises:
             SyncError: a job failed (its label and cause are named), or they took longer than the deadline.
         """
-        deadline = time.monotonic() + self._timeout_s
-        for job in jobs:
-            if not job.done.wait(deadline - time.monotonic()):
-                raise SyncError(
-                    f"{job.label}: not synchronised after {self._timeout_s:g} s; a rank is slow, stuck or gone "
-                    '(a longer deadline: "timeout_s" in the espresso block)'
-                )
-            if job.error is not None:
-                raise SyncError(f"{job.label}: {type(job.error).__name__}: {job.error}") from job.error
+        with self._finished:
+            settled = self._finished.wait_for(
+                lambda: any(job.error for job in jobs) or all(job.done for job in jobs), self._timeout_s
+            )
+        if failed := next((job for job in jobs if job.error is not None), None):
+            raise SyncError(f"{failed.label}: {type(failed.error).__name__}: {failed.error}") from failed.error
+        if not settled:
+            late = next(job for job in jobs if not job.done)
+            raise SyncError(
+                f"{late.label}: not synchronised after {self._timeout_s:g} s; a rank is slow, stuck or gone "
+                '(a longer deadline: "timeout_s" in the espresso block)'
+            )
 
     def close(self) -> None:
-        """Stop the threads once they have finished what was submitted."""
+        """Stop the threads once they have finished what was submitted; those that wait for a lost rank are left behind."""
         self._inboxes[0].put(None)
         for thread in self._threads:
-            thread.join(self._timeout_s)
+            thread.join(_CLOSE_S)
+
+    def _finish(self, job: Job, error: BaseException | None = None) -> None:
+        with self._finished:
+            job.done, job.error = True, error
+            self._finished.notify_all()
 
     def _work(self, lane: int) -> None:
         self._on_thread_start()
@@ -95,9 +105,8 @@ class Lanes:
                 job.pending = next(job.steps)
                 self._inboxes[lane + 1].put(job)
             except StopIteration:
-                job.done.set()
+                self._finish(job)
             except BaseException as error:  # any fault of a job belongs to the thread that waits for it
-                job.error = error
-                job.done.set()
+                self._finish(job, error)
         if lane + 1 < len(self._inboxes):
             self._inboxes[lane + 1].put(None)
