@@ -32,12 +32,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of planning itself."""
     parser.add_argument("--uncompressed", action="store_true", help="no compression: only overlap with backward and fuse")
+    thrift = "share of the fastest plan's step to give for leaving uncompressed what compression helps least (default: 0.01)"
+    parser.add_argument("--thrift", type=float, help=thrift)
     parser.add_argument("-o", "--out", type=Path, default=Path("plan.json"), help="(default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Plan and write the file."""
     config, block = read_ds_config(args.ds_config)
+    block = with_thrift(block, args)
     profiles = ModelTrace.load(args.trace), ClusterProfile.load(args.cluster), CompressorProfile.load(args.compressors)
     with Reporter() as report:
         plan = write_plan(args.out, config, block, *profiles, uncompressed=args.uncompressed, report=report)
@@ -61,6 +64,13 @@ def read_ds_config(path: Path) -> tuple[dict[str, Any], EspressoBlock]:
     return config, read_block(config, str(path)) or EspressoBlock()
 
 
+def with_thrift(block: EspressoBlock, args: argparse.Namespace) -> EspressoBlock:
+    """The block with the command line's thrift, if given. Raises FileError at a value out of range."""
+    if args.thrift is None:
+        return block
+    return EspressoBlock.read({**block.model_dump(), "thrift": args.thrift}, "command line")
+
+
 def write_plan(
     out: Path,
     config: dict[str, Any],
@@ -79,6 +89,7 @@ def write_plan(
         compressors,
         made_by=f"espresso_ds {__version__}",
         uncompressed=uncompressed,
+        thrift=block.thrift,
         progress=lambda stage, done, total: report(done / max(1, total), f"{stage}, unit {done} of {total}"),
     )
     save_plan_file(out, {key: value for key, value in config.items() if key != BLOCK}, block, plan)

@@ -30,6 +30,12 @@ class EspressoBlock(Record):
 
     enabled: bool = True
     compressor: CompressorSettings = CompressorSettings()
+    thrift: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of the step given for leaving uncompressed what compression helps least",
+    )
     timeout_s: PositiveFloat = Field(600.0, description="deadline of every wait for other ranks")
     plan: dict | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.config import EspressoBlock
 from ..core.errors import FileError, MismatchError
 from ..core.option import UNCOMPRESSED, Device, Option
 from ..core.plan import MadeFor, Plan, Prediction, TensorDecision
@@ -23,6 +24,7 @@ def make_plan(
     *,
     made_by: str,
     uncompressed: bool = False,
+    thrift: float = EspressoBlock().thrift,
     progress: Progress = lambda stage, done, total: None,
 ) -> Plan:
     """Decide for every tensor and predict the step.
@@ -33,6 +35,7 @@ def make_plan(
         compressors: measured codec times and payload sizes.
         made_by: program and version, for people.
         uncompressed: allreduce everything, overlapped with backward and fused, even where compression would pay.
+        thrift: share of the fastest plan's step given for leaving uncompressed what compression helps least.
         progress: called with (stage, done, total) during the search.
 
     Returns:
@@ -48,7 +51,7 @@ def make_plan(
     costs = Costs(cluster, compressors, trace.wire_dtype)
     plain = plan_uncompressed(trace, costs)
     options = candidate_options(trace, compressors)
-    units = plain if uncompressed else plan_compressed(options, trace, costs, plain, progress)
+    units = plain if uncompressed else plan_compressed(options, trace, costs, plain, thrift, progress)
     chunk_numel = None if uncompressed else best_chunk(units, trace, costs)
     pieces = chunked(units, chunk_numel, costs.world)
     predicted = Prediction(

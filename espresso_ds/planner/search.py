@@ -30,9 +30,6 @@ BUCKETS = tuple(2**power for power in range(14, 29))
 WORTHWHILE = 0.01
 """Least share of the uncompressed step that compression must save: less is within the noise of any step time, and it is lossy."""
 
-GIVEN = 0.01
-"""Share of the planned step that is given for leaving tensors uncompressed whose compression saves next to nothing."""
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -48,17 +45,19 @@ def plan_compressed(
     trace: ModelTrace,
     costs: Costs,
     uncompressed: Sequence[Unit],
+    thrift: float = 0.0,
     progress: Progress = lambda stage, done, total: None,
 ) -> list[Unit]:
     """The fastest plan found, which is `uncompressed` itself unless compression saves WORTHWHILE of its step time.
 
-    The plan may be GIVEN slower than the fastest, for fewer compressed tensors.
+    The plan may be slower than that by the share `thrift`, for fewer compressed tensors.
 
     Args:
         options: candidates for every unit.
         trace: tensors in the order of the wire.
         costs: what actions cost.
         uncompressed: what `plan_uncompressed` gave.
+        thrift: share of the step that is given for leaving uncompressed what compression helps least.
         progress: called with (what is tried, starts done, all starts).
 
     Raises:
@@ -81,7 +80,7 @@ def plan_compressed(
         best, best_s = units, time
     if best_s > limit:
         return list(uncompressed)
-    return fuse(spare(best, trace, costs, min(limit, best_s * (1 + GIVEN))), trace, costs)
+    return fuse(spare(best, trace, costs, min(limit, best_s * (1 + thrift))), trace, costs)
 
 
 def _round(units: Sequence[Unit], options: Sequence[Option], trace: ModelTrace, costs: Costs) -> tuple[list[Unit], float]:
