@@ -35,14 +35,15 @@ def run(args: argparse.Namespace) -> None:
     rows.append(("start-up hook", *_hook()))
     rows.append(("launcher flag", *_launcher_flag()))
     rows.append(("mpirun", *_mpirun()))
-    rows.append(
-        ("network namespaces", bool(shutil.which("ip") and shutil.which("tc")), "ip and tc, for launch/emulate (optional)")
-    )
+    optional = [
+        ("c++", bool(shutil.which("c++")), "DeepSpeed compiles its CPU kernels with it (CPU training only)"),
+        ("ip, tc", bool(shutil.which("ip") and shutil.which("tc")), "launch/emulate shapes links with them (optional)"),
+    ]
     table = Table("", "what", "found", title=f"espresso doctor ({sys.executable})")
-    for name, good, text in rows:
+    for name, good, text in rows + optional:
         table.add_row("[green]ok[/]" if good else "[red]no[/]", name, text)
     Console().print(table)
-    bad = [name for name, good, _ in rows[:-1] if not good]
+    bad = [name for name, good, _ in rows if not good]
     if bad:
         raise UnsupportedError(f"not ready: {', '.join(bad)}")
 

@@ -59,6 +59,7 @@ def check_supported(engine: Any) -> None:
         )
     stage = int(engine.zero_optimization_stage())
     faults = [
+        (not trainable(engine), "a model without trainable parameters", "give the engine a model to train"),
         (getattr(engine, "pipeline_parallelism", False), "a PipelineModule", "train it without pipeline stages"),
         (stage != 0, f"ZeRO stage {stage}", 'set "zero_optimization": {"stage": 0}'),
         (engine.fp16_enabled(), "fp16", "use bf16 or fp32"),
