@@ -29,7 +29,6 @@ from espresso_ds.core.record import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/sentiment.json"
-RESULT = ROOT / "benchmarks/results/race.json"
 BIN = Path(sys.executable).parent
 WARM_UP = 3
 SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -41,12 +40,8 @@ class Cluster:
 
     def __init__(self, rate: str, folder: Path, arguments: argparse.Namespace) -> None:
         self.rate, self.folder, self.steps = rate, folder, arguments.steps
-        self.codec = [
-            word
-            for word in (f"--compressor={arguments.compressor}", arguments.density and f"--density={arguments.density}")
-            if word
-        ]
-        self.codec += [f"--bits={arguments.bits}"] if arguments.bits else []
+        given = {name: getattr(arguments, name) for name in ("compressor", "density", "bits", "thrift")}
+        self.options = [f"--{name}={value}" for name, value in given.items() if value is not None]
         self.script = [
             "examples/sentiment.py",
             "--deepspeed_config",
@@ -68,7 +63,7 @@ class Cluster:
     def prepare(self) -> None:
         """Profiles, plan.json, and overlap.json: the same profiles, uncompressed."""
         where = ("--ds-config", CONFIG, "--hostfile", "{hostfile}")
-        self.run("espresso", "prepare", *where, *self.codec, "-o", str(self.folder / "plan.json"), *self.script)
+        self.run("espresso", "prepare", *where, *self.options, "-o", str(self.folder / "plan.json"), *self.script)
         profiles = self.folder / "plan.profiles"
         files = [word for kind in ("trace", "cluster", "compressors") for word in (f"--{kind}", str(profiles / f"{kind}.json"))]
         self.run("espresso", "plan", "--ds-config", CONFIG, *files, "--uncompressed", "-o", str(self.folder / "overlap.json"))
@@ -88,8 +83,8 @@ class Cluster:
         return ModelTrace.load(out).compute_s
 
 
-def race(cluster: Cluster, rounds: int) -> dict:
-    """Times of all variants, a list of one per round, and what was predicted."""
+def race(cluster: Cluster, rounds: int, wanted: list[str]) -> dict:
+    """Times of the wanted variants, a list of one per round, and what was predicted."""
     cluster.prepare()
     variants = {
         "plain": lambda: cluster.train(),
@@ -97,10 +92,10 @@ def race(cluster: Cluster, rounds: int) -> dict:
         "planned": lambda: cluster.train("--espresso_config", str(cluster.folder / "plan.json")),
         "no synchronisation": cluster.compute,
     }
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[str, list[float]] = {name: [] for name in variants if name in wanted}
     for number in range(rounds):
-        for name, measure in variants.items():
-            times[name].append(measure())
+        for name in times:
+            times[name].append(variants[name]())
             console.print(f"{cluster.rate}, round {number + 1} of {rounds}: {name} {times[name][-1]:.3f} s a step")
     plan = load_plan_file(cluster.folder / "plan.json")[2]
     return {"step_s": times, "predicted": plan.predicted.model_dump(mode="json"), "compressor": plan.compressor.label}
@@ -110,12 +105,13 @@ def show(rate: str, result: dict) -> Table:
     """Medians, spread, ratios and predictions of one rate."""
     step = {name: median(times) for name, times in result["step_s"].items()}
     predicted = result["predicted"]
-    foreseen = dict(zip(step, (predicted[key] for key in ("stock_s", "uncompressed_s", "planned_s", "compute_s")), strict=True))
+    keys = {"plain": "stock_s", "overlap": "uncompressed_s", "planned": "planned_s", "no synchronisation": "compute_s"}
     table = Table(title=f"{rate}; {result['compressor']}", title_justify="left")
     for column in ("", "s a step", "min to max", "plain / this", "this / no synchronisation", "measured / predicted"):
         table.add_column(column, justify="right" if column else "left")
     for name, times in result["step_s"].items():
-        ratios = (step["plain"] / step[name], step[name] / step["no synchronisation"], step[name] / foreseen[name])
+        bound = step.get("no synchronisation", predicted["compute_s"])
+        ratios = (step["plain"] / step[name], step[name] / bound, step[name] / predicted[keys[name]])
         table.add_row(name, f"{step[name]:.3f}", f"{min(times):.3f} to {max(times):.3f}", *(f"{ratio:.2f}" for ratio in ratios))
     return table
 
@@ -124,9 +120,12 @@ def main() -> None:
     """Race at every rate and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="source distribution of vaderSentiment 3.3.2")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks/results/race.json", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=15, help="of each run")
     parser.add_argument("--rates", default="200mbit,none")
+    parser.add_argument("--variants", default="plain,overlap,planned,no synchronisation", help="comma-separated; plain is needed")
+    parser.add_argument("--thrift", type=float)
     parser.add_argument("--compressor", default="topk")
     parser.add_argument("--density", type=float)
     parser.add_argument("--bits", type=int)
@@ -137,9 +136,8 @@ def main() -> None:
         for rate in arguments.rates.split(","):
             folder = Path(scratch, rate)
             folder.mkdir()
-            results[rate] = race(Cluster(rate, folder, arguments), arguments.rounds)
-    RESULT.parent.mkdir(exist_ok=True)
-    write_json(RESULT, {"steps": arguments.steps, "warm_up": WARM_UP, "rates": results})
+            results[rate] = race(Cluster(rate, folder, arguments), arguments.rounds, arguments.variants.split(","))
+    write_json(arguments.output, {"steps": arguments.steps, "warm_up": WARM_UP, "rates": results})
     for rate, result in results.items():
         console.print(show(rate, result))
 

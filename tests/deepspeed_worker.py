@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 deepspeed_worker.py OUT.json
 """
 
 import json
+import os
 import sys
 import traceback
 
@@ -220,6 +221,7 @@ def main():
         with open(sys.argv[1], "w") as file:
             json.dump(everyone, file)
     dist.destroy_process_group()
+    os._exit(0)  # see scripts/tiny.py
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """An ordinary accelerate script; the DeepSpeed config comes from `accelerate launch`."""
 
+import os
+
 import torch
 from accelerate import Accelerator
 
@@ -18,3 +20,4 @@ for (x,) in loader:
 if accelerator.is_main_process:
     print("trained; plan:", hasattr(model, "espresso"), flush=True)
 accelerator.end_training()
+os._exit(0)  # see tiny.py

@@ -1,5 +1,6 @@
 """An ordinary HF Trainer script: trainer.py DEEPSPEED_CONFIG."""
 
+import os
 import sys
 
 import torch
@@ -39,3 +40,4 @@ arguments = TrainingArguments(
     disable_tqdm=True,
 )
 Trainer(model=BertForSequenceClassification(config), args=arguments, train_dataset=Data(), callbacks=[Watch()]).train()
+os._exit(0)  # see tiny.py
