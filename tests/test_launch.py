@@ -150,6 +150,7 @@ LAUNCHERS = {
     "mpich": "MPICHRunner",
     "impi": "IMPIRunner",
     "slurm": "SlurmRunner",
+    "mvapich": "MVAPICHRunner",
 }
 
 BUILD_COMMANDS = """
