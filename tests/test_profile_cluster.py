@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from espresso_ds.core import progress
 from espresso_ds.core.errors import EspressoError, FileError, UnsupportedError
 from espresso_ds.core.option import ROUTINES, Level
 from espresso_ds.core.profile import ClusterProfile
@@ -184,9 +185,9 @@ def test_mpirun_command(tmp_path, monkeypatch):
 
 
 def test_progress_lines_are_read_back(capsys):
-    cluster._print_progress(0.42, "allreduce 4 MiB")
-    assert cluster.parse_progress(capsys.readouterr().out) == (0.42, "allreduce 4 MiB")
-    assert cluster.parse_progress("hosts.json: 2 hosts") is None
+    progress.print_progress(0.42, "allreduce 4 MiB")
+    assert progress.parse_progress(capsys.readouterr().out) == (0.42, "allreduce 4 MiB")
+    assert progress.parse_progress("hosts.json: 2 hosts") is None
 
 
 def test_profile_of_threads_has_all_that_there_is_to_measure(monkeypatch):
@@ -267,6 +268,6 @@ def test_whole_run(tmp_path, launcher):
     assert {cost.routine for cost in profile.routines} == ROUTINES
     for cost in profile.routines:
         assert cost.ranks == 2 and max(cost.nbytes) > 1000 * min(cost.nbytes)
-    progress = [told for line in out.splitlines() if (told := cluster.parse_progress(line))]
-    shares = [share for share, _ in progress]
-    assert shares == sorted(shares) and progress[-1] == (1.0, "done")
+    shown = [told for line in out.splitlines() if (told := progress.parse_progress(line))]
+    shares = [share for share, _ in shown]
+    assert shares == sorted(shares) and shown[-1] == (1.0, "done")

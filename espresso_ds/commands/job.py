@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 from collections import deque
@@ -14,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..core.errors import EspressoError
+from ..core.progress import parse_progress, print_progress
 
 Report = Callable[[float, str], None]
 """Called with the share done, 0 to 1, and what is being done."""
 
-_PROGRESS = re.compile(r"@progress ([0-9.]+) (.*)")
 _TAIL = 20
 
 
@@ -63,8 +62,8 @@ def run_job(
         try:
             assert child.stdout is not None
             for line in child.stdout:
-                if found := _PROGRESS.search(line):
-                    report(min(1.0, float(found[1])), found[2].strip())
+                if found := parse_progress(line):
+                    report(min(1.0, found[0]), found[1])
                 else:
                     file.write(line)
                     tail.append(line)
@@ -121,7 +120,7 @@ class Reporter:
             self._bar.update(self._task, completed=share, description=what)
         elif int(share * 100) > self._last:
             self._last = int(share * 100)
-            print(f"@progress {share:.2f} {what}", flush=True)
+            print_progress(share, what)
 
     def part(self, begin: float, end: float, prefix: str) -> Report:
         """A reporter for a part of the work that goes from share `begin` to `end`."""

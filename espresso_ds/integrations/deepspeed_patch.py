@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -109,5 +108,4 @@ def _with_plan(initialize: Callable[..., Any]) -> Callable[..., Any]:
             return initialize(*args, **kwargs)
         return initialize_with_plan(initialize, args, kwargs)
 
-    wrapped.espresso = os.path.dirname(__file__)
     return wrapped

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..core.errors import EspressoError
+from ..core.progress import print_progress
 from ..profiler.model import Recorder, StepTimes, summarise
 from ..runtime.agree import Agreement
 from .engine_facts import check_supported, dtype_name, layout, timing_config, trainable
@@ -59,7 +60,8 @@ class _Tracer:
         self._recorder.step_ends()
         done = len(self._recorder.steps)
         if dist.get_rank() == 0:
-            print(f"\n@progress {done / (self._steps + WARM_UP):.3f} step {done} of {self._steps + WARM_UP}", flush=True)
+            print()  # the script may have a progress bar of its own on this line
+            print_progress(done / (self._steps + WARM_UP), f"step {done} of {self._steps + WARM_UP}")
         if done >= self._steps + WARM_UP:
             self._finish()
         dist.barrier(group=self._group)

@@ -19,6 +19,7 @@ import torch
 from ..core.errors import EspressoError, FileError, SyncError
 from ..core.option import Level
 from ..core.profile import ClusterProfile, Link, RoutineCost
+from ..core.progress import print_progress
 from ..runtime.routines import ROUTINES
 from .fit import fit_line
 from .link_contention import measure_link_contention
@@ -26,7 +27,6 @@ from .measure import QUICK, THOROUGH, Effort, Progress, measure
 from .probes import Buffers, largest, link_pairs, link_probe, one_way, routine_probe
 from .rendezvous import Ranks, joined
 
-PROGRESS = "@progress"
 _TIMEOUT_S = 120.0
 
 
@@ -72,13 +72,6 @@ def summary(profile: ClusterProfile) -> str:
     return f"{profile.nodes} hosts x {profile.ranks_per_node} ranks, {profile.backend}; links: {', '.join(links) or 'none'}"
 
 
-def parse_progress(line: str) -> tuple[float, str] | None:
-    """Share of the work done and what is being measured, if `line` of the profiler's output is about progress."""
-    word, _, rest = line.strip().partition(" ")
-    share, _, what = rest.partition(" ")
-    return (float(share), what) if word == PROGRESS else None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m espresso_ds.profiler.cluster", description="Measure links and routines.")
@@ -90,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with joined(arguments.backend, _TIMEOUT_S) as ranks:
             _check_output(arguments.output, ranks)
-            progress = _print_progress if ranks.rank == 0 else _no_progress
+            progress = print_progress if ranks.rank == 0 else _no_progress
             profile = profile_cluster(ranks, QUICK if arguments.quick else THOROUGH, progress, arguments.threads)
             if ranks.rank == 0:
                 profile.save(arguments.output)
@@ -110,10 +103,6 @@ def _check_output(path: Path, ranks: Ranks) -> None:
 
 def _speed(link: Link) -> str:
     return f"{1e-6 / link.beta_s_per_byte:.4g} MB/s" if link.beta_s_per_byte else "no measurable time per byte"
-
-
-def _print_progress(share: float, what: str) -> None:
-    print(f"{PROGRESS} {share:.3f} {what}", flush=True)
 
 
 def _no_progress(share: float, what: str) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ..core.config import CompressorSettings
 from ..core.errors import EspressoError, FileError
 from ..core.profile import CodecTimes, CompressorProfile, ModelTrace
+from ..core.progress import print_progress
 from .compressors import geometric_sizes, profile_compressors
 from .rendezvous import joined
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 settings,
                 sizes=sizes_of(trace) if trace else None,
                 device=ranks.device,
-                progress=_print_progress if ranks.rank == 0 else None,
+                progress=print_progress if ranks.rank == 0 else None,
                 threads=trace.threads if trace else None,
                 barrier=dist.barrier,
             )
@@ -74,10 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"espresso profile compressors: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-def _print_progress(share: float, what: str) -> None:
-    print(f"@progress {share:.3f} {what}", flush=True)
 
 
 if __name__ == "__main__":
