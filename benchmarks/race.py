@@ -98,7 +98,8 @@ def race(cluster: Cluster, rounds: int, wanted: list[str]) -> dict:
             times[name].append(variants[name]())
             console.print(f"{cluster.rate}, round {number + 1} of {rounds}: {name} {times[name][-1]:.3f} s a step")
     plan = load_plan_file(cluster.folder / "plan.json")[2]
-    return {"step_s": times, "predicted": plan.predicted.model_dump(mode="json"), "compressor": plan.compressor.label}
+    labels = "; ".join(compressor.label for compressor in plan.compressors)
+    return {"step_s": times, "predicted": plan.predicted.model_dump(mode="json"), "compressor": labels}
 
 
 def show(rate: str, result: dict) -> Table:

@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 deepspeed_worker.py OUT.json
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -11,7 +13,7 @@ import traceback
 import deepspeed
 import torch
 import torch.distributed as dist
-from plans import plan_for, with_plan
+from plans import IDENTITY, plan_for, with_plan
 
 from espresso_ds.core.config import CompressorSettings
 from espresso_ds.core.errors import EspressoError
@@ -19,6 +21,9 @@ from espresso_ds.integrations.engine_facts import timing_config
 
 STEPS = 20
 WIDTH = 48
+DIVIDED = "C.cpu A2A.flat D.cpu C.cpu AG.flat D.cpu"
+BARE = CompressorSettings(name="identity", feedback="none", seed=5)
+TOPK, BARE_BF16 = CompressorSettings(name="topk", density=0.1), CompressorSettings(name="bf16", feedback="none")
 
 
 class Net(torch.nn.Module):
@@ -112,7 +117,8 @@ EQUAL = {
     "SGD": (ds_config(), {}, {"optimizer": torch.optim.SGD}),
     "reduce-scatter": (ds_config(), {"option": "RS.flat AG.flat", "fuse": 5}, {}),
     "reduce": (ds_config(), {"option": "RD.flat BC.flat"}, {}),
-    "identity codec": (ds_config(), {"option": "C.cpu A2A.flat D.cpu C.cpu AG.flat D.cpu", "fuse": 2}, {}),
+    "identity codec": (ds_config(), {"option": DIVIDED, "fuse": 2}, {}),
+    "identity by turns with and without feedback": (ds_config(), {"option": DIVIDED, "compressors": (IDENTITY, BARE)}, {}),
 }
 
 
@@ -129,9 +135,22 @@ def compressed():
     for name in ("topk", "randomk", "efsignsgd", "quantize", "fp16", "bf16"):
         for option in ("C.cpu AG.flat D.cpu", "C.cpu GA.flat D.cpu C.cpu BC.flat D.cpu"):
             settings = CompressorSettings(name=name, density=0.1 if name in ("topk", "randomk") else None)
-            losses, checksum = planned(ds_config(), {"option": option, "compressor": settings, "fuse": 2})
+            losses, checksum = planned(ds_config(), {"option": option, "compressors": (settings,), "fuse": 2})
             results[f"{name} {option}"] = {"losses": losses, "checksum": checksum}
     return results
+
+
+def two_codecs():
+    """Units by turns in bf16 and TopK: what trains, which residuals each leaves, and what is said of it."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        engine = planned_engine(ds_config(), {"option": "C.cpu AG.flat D.cpu", "compressors": (TOPK, BARE_BF16), "fuse": 3})
+    try:
+        losses, checksum = train(engine)
+        sites = {mode: sorted(memory.state_dict()) for mode, memory in engine.espresso.feedback.items()}
+    finally:
+        engine.espresso.detach()
+    return {"losses": losses, "checksum": checksum, "sites": sites, "said": said.getvalue()}
 
 
 def without_block():
@@ -167,10 +186,12 @@ def failures():
         "extra tensor": edited({"tensors": (*tensors, ghost)}),
         "shape": edited({"tensors": (tensors[0].model_copy(update={"shape": (9,)}), *tensors[1:])}),
         "edited": edited({"tensors": tensors[::-1]}, seal=False),
-        "sums payloads": with_plan(ds_config(), plan(option="C.cpu AR.flat D.cpu", compressor=CompressorSettings(name="topk"))),
+        "sums payloads": with_plan(ds_config(), plan(option="C.cpu AR.flat D.cpu", compressors=(BARE_BF16, TOPK))),
+        "hierarchical": with_plan(ds_config(), plan(option="RS.intra AR.inter AG.intra")),
+        "codec out of range": edited({"tensors": (*tensors[:-1], tensors[-1].model_copy(update={"codec": 1}))}),
         "gpu": with_plan(ds_config(), plan(option="C.gpu AG.flat D.gpu")),
-        "unknown codec": with_plan(ds_config(), plan(compressor=CompressorSettings(name="topq"))),
-        "ranks differ": with_plan(ds_config(), plan(compressor=CompressorSettings(name="identity", seed=rank))),
+        "unknown codec": with_plan(ds_config(), plan(compressors=(IDENTITY, CompressorSettings(name="topq")))),
+        "ranks differ": with_plan(ds_config(), plan(compressors=(CompressorSettings(name="identity", seed=rank),))),
         "one rank torn": with_plan(ds_config(), good) if rank else edited({"made_by": "someone"}, seal=False),
         "newer schema": with_plan(ds_config(), good),
     }
@@ -214,7 +235,7 @@ def refire():
 def main():
     torch.set_num_threads(1)
     deepspeed.init_distributed()
-    mine = {case.__name__: case() for case in (equality, compressed, without_block, failures, refire, alone)}
+    mine = {case.__name__: case() for case in (equality, compressed, two_codecs, without_block, failures, refire, alone)}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:

@@ -4,11 +4,21 @@ from espresso_ds.core.config import CompressorSettings, EspressoBlock
 from espresso_ds.core.plan import BLOCK, MadeFor, Plan, Prediction, TensorDecision
 from espresso_ds.core.profile import model_fingerprint
 
-PREDICTION = Prediction(compute_s=1, stock_s=4, uncompressed_s=3, planned_s=2, uncompressed_bytes=100, planned_bytes=10)
+PREDICTION = Prediction(
+    compute_s=1,
+    stock_s=4,
+    uncompressed_s=3,
+    planned_s=2,
+    uncompressed_bytes=100,
+    planned_bytes=10,
+    lower_bound_s=1.5,
+    free_compression_s=1.6,
+)
+IDENTITY = CompressorSettings(name="identity")
 
 
-def plan_for(model, config, *, nodes=1, ranks=2, option="AR.flat", compressor=None, fuse=1, dtype="float32") -> Plan:
-    """A sealed plan for all trainable parameters, last first, `fuse` of them in a unit."""
+def plan_for(model, config, *, nodes=1, ranks=2, option="AR.flat", compressors=(IDENTITY,), fuse=1, dtype="float32") -> Plan:
+    """A sealed plan for all trainable parameters, last first, `fuse` of them in a unit; units take the compressors in turn."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad][::-1]
     return Plan(
         made_by="tests",
@@ -19,10 +29,18 @@ def plan_for(model, config, *, nodes=1, ranks=2, option="AR.flat", compressor=No
             config=config,
         ),
         profiles={},
-        compressor=compressor or CompressorSettings(name="identity"),
+        compressors=compressors,
         predicted=PREDICTION,
         tensors=tuple(
-            TensorDecision(name=name, shape=tuple(p.shape), dtype=dtype, numel=p.numel(), option=option, unit=number // fuse)
+            TensorDecision(
+                name=name,
+                shape=tuple(p.shape),
+                dtype=dtype,
+                numel=p.numel(),
+                option=option,
+                codec=number // fuse % len(compressors),
+                unit=number // fuse,
+            )
             for number, (name, p) in enumerate(named)
         ),
     ).sealed()
@@ -30,5 +48,6 @@ def plan_for(model, config, *, nodes=1, ranks=2, option="AR.flat", compressor=No
 
 def with_plan(ds_config, plan, **block) -> dict:
     """The DeepSpeed config with the plan in its espresso block, as JSON would give it."""
-    written = EspressoBlock(compressor=plan.compressor, plan=plan.model_dump(mode="json"), **block)
+    first, *others = plan.compressors
+    written = EspressoBlock(compressor=first, alternatives=others, plan=plan.model_dump(mode="json"), **block)
     return {**ds_config, BLOCK: written.model_dump(mode="json", exclude_none=True)}

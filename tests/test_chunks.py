@@ -15,7 +15,7 @@ from espresso_ds.feedback import Feedback
 from espresso_ds.planner.chunk import best_chunk, chunked
 from espresso_ds.planner.cost import Costs
 from espresso_ds.planner.timeline import Unit, iteration_time
-from espresso_ds.runtime.executor import Executor
+from espresso_ds.runtime.executor import Compressor, Executor
 from espresso_ds.runtime.executor import Unit as RuntimeUnit
 from espresso_ds.runtime.lanes import Lanes
 from espresso_ds.runtime.synchroniser import Member, Scaling, Synchroniser
@@ -67,7 +67,8 @@ def test_a_unit_in_chunks_ends_as_the_mean_of_all_ranks(option, dtype):
             param.grad = torch.randint(-8, 9, param.shape, generator=generator).to(dtype)
         given = [param.grad.clone() for param in params]
         chunks = [RuntimeUnit(i, f"u[{i}]", n, option) for i, n in enumerate(chunk_lengths(1003, 300, 3))]
-        executor = Executor(registry.make(CompressorSettings(name="identity")), Feedback("ef"), groups, dtype, seed=1)
+        identity = Compressor(registry.make(CompressorSettings(name="identity")), Feedback("ef"), seed=1)
+        executor = Executor([identity], groups, dtype)
         lanes = Lanes(chunks[0].steps, DEADLINE_S)
         members = [Member(str(place), param) for place, param in enumerate(params)]
         synchroniser = Synchroniser([(chunks, members)], executor, lanes, Scaling(1.0, 1 / 3), dtype)

@@ -9,13 +9,13 @@ from ranks import DEADLINE_S, Ranks
 
 from espresso_ds.compressors import registry
 from espresso_ds.core.config import CompressorSettings
-from espresso_ds.core.option import Device, Option, Task
+from espresso_ds.core.option import Device, Level, Option, Task
 from espresso_ds.feedback import Feedback
-from espresso_ds.planner.tree import flat_options, summable_options
-from espresso_ds.runtime.executor import Executor, Unit
+from espresso_ds.planner.tree import option_tree
+from espresso_ds.runtime.executor import Compressor, Executor, Unit
 from espresso_ds.runtime.lanes import Lanes
 
-OPTIONS = [*flat_options([Device.CPU]), *summable_options([Device.CPU])]
+OPTIONS = [option for option in option_tree((Device.CPU,), summable=True) if option.levels == {Level.FLAT}]
 CODECS = [
     CompressorSettings(name="identity"),
     CompressorSettings(name="fp16"),
@@ -48,7 +48,7 @@ def synchronise(rank, groups, option, settings, given, dtype=torch.float32):
     """All steps of one rank; its outputs (steps, numel) and its feedback."""
     steps, _, numel = given.shape
     feedback = Feedback(settings.feedback)
-    executor = Executor(registry.make(settings), feedback, groups, dtype, seed=7)
+    executor = Executor([Compressor(registry.make(settings), feedback, seed=7)], groups, dtype)
     unit = Unit(3, "t", numel, option)
     lanes = Lanes(unit.steps, DEADLINE_S)
     outputs = []

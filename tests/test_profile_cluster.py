@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from espresso_ds.core import progress
 from espresso_ds.core.errors import EspressoError, FileError, UnsupportedError
-from espresso_ds.core.option import ROUTINES, Level
+from espresso_ds.core.option import ROUTINES, Level, Task
 from espresso_ds.core.profile import ClusterProfile
 from espresso_ds.profiler import cluster, mpi_launch, probes, rendezvous
 from espresso_ds.profiler.fit import fit_line
@@ -91,6 +92,16 @@ def test_sizes_grow_until_the_time_is_long_and_passes_are_interleaved():
     assert dict(slow.asked[-6:])[256] == 7 and dict(slow.asked[-6:])[262144] == 1
     shares = [share for share, _ in told]
     assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_a_probe_of_less_weight_gets_less_time():
+    light, heavy = FakeLink(1e-6), FakeLink(1e-6)
+    probes_ = [Probe("light", tuple(SIZES), light.run, weight=0.1), Probe("heavy", tuple(SIZES), heavy.run)]
+    effort = Effort(grow_below_s=0.1, row_s=0.01, budget_s=0.0, passes=(1, 1))
+    found = measure(probes_, effort, list, lambda share, what: None)
+    assert list(found[0]) == SIZES[: SIZES.index(16384) + 1], "4096 takes 0.004 s, 16384 takes 0.016 s"
+    assert (dict(light.asked)[256], dict(heavy.asked)[256]) == (2, 28)
+    assert list(found[1]) == SIZES[: SIZES.index(262144) + 1]
 
 
 def test_two_sizes_are_measured_however_slow_the_link():
@@ -191,26 +202,60 @@ def test_progress_lines_are_read_back(capsys):
 
 
 def test_profile_of_threads_has_all_that_there_is_to_measure(monkeypatch):
-    """Two hosts of two ranks: every routine, a link of either kind, and the same file on every rank."""
+    """Two hosts of two ranks: every routine at every level, a link of either kind, and the same file on every rank."""
     monkeypatch.setattr(probes, "_LARGEST", {})
     monkeypatch.setattr(probes, "_LARGEST_OTHER", 1 << 16)
-    store, world = dist.HashStore(), 4
+    profiles = profile_in_threads(("a", "b"), 2)
+    assert all(profile == profiles[0] for profile in profiles)
+    found = {(cost.routine, cost.level, cost.ranks, cost.groups): cost for cost in profiles[0].routines}
+    expected = [(Level.FLAT, 4, 1), (Level.INTRA, 2, 1), (Level.INTER, 2, 2), (Level.INTER, 2, 1)]
+    assert len(found) == len(profiles[0].routines)
+    assert set(found) == {(task, *scope) for task in ROUTINES for scope in expected}
+    assert all(len(cost.nbytes) >= 2 for cost in found.values())
+    assert len(found[Task.ALLREDUCE, Level.FLAT, 4, 1].nbytes) > len(found[Task.ALLREDUCE, Level.INTRA, 2, 1].nbytes)
+    assert set(profiles[0].links) == {Level.INTRA, Level.INTER}
+
+
+@pytest.mark.parametrize(("hosts", "per_node"), [(("a",), 2), (("a", "b"), 1)])
+def test_one_node_or_one_rank_on_each_has_flat_routines_only(monkeypatch, hosts, per_node):
+    monkeypatch.setattr(probes, "_LARGEST", {})
+    monkeypatch.setattr(probes, "_LARGEST_OTHER", 1 << 12)
+    profile = profile_in_threads(hosts, per_node)[0]
+    assert {(cost.level, cost.ranks, cost.groups) for cost in profile.routines} == {(Level.FLAT, 2, 1)}
+
+
+def profile_in_threads(hosts, per_node):
+    """Every rank's profile; ranks are threads, and hosts only names."""
+    store, world, deadline = dist.HashStore(), len(hosts) * per_node, timedelta(seconds=60)
+
+    def join(ranks, rank, name):
+        return dist.ProcessGroupGloo(dist.PrefixStore(name, store), ranks.index(rank), len(ranks), deadline)
 
     def rank_main(rank):
-        group = dist.ProcessGroupGloo(dist.PrefixStore("x", store), rank, world, timedelta(seconds=60))
-        ranks = rendezvous.Ranks(group, rank, "gloo", torch.device("cpu"), ("a", "b"), 2, 60.0)
+        group = join(list(range(world)), rank, "all")
+        ranks = rendezvous.Ranks(group, rank, "gloo", torch.device("cpu"), hosts, per_node, 60.0)
+        levels = {level: join(members, rank, f"{level}{members}") for level, members in ranks.members().items()}
+        ranks = replace(ranks, levels=levels)
         profile = cluster.profile_cluster(ranks, Effort(row_s=1e-3, budget_s=0.1), lambda share, what: None)
-        return group, profile
+        return [group, *levels.values()], profile
 
     with ThreadPoolExecutor(world) as threads:
         done = list(threads.map(rank_main, range(world), timeout=120))
-    for group, _ in done:
-        group.shutdown()
-    profiles = [profile for _, profile in done]
-    assert all(profile == profiles[0] for profile in profiles)
-    assert {cost.routine for cost in profiles[0].routines} == ROUTINES
-    assert all(cost.ranks == 4 and len(cost.nbytes) >= 2 for cost in profiles[0].routines)
-    assert set(profiles[0].links) == {Level.INTRA, Level.INTER}
+    for groups, _ in done:
+        for group in groups:
+            group.shutdown()
+    return [profile for _, profile in done]
+
+
+def test_groups_of_a_level_part_the_ranks():
+    every = [rendezvous.Ranks(None, rank, "gloo", torch.device("cpu"), ("a", "b", "c"), 2, 1.0) for rank in range(6)]
+    assert [ranks.members()[Level.INTRA] for ranks in every] == [[0, 1]] * 2 + [[2, 3]] * 2 + [[4, 5]] * 2
+    assert [ranks.members()[Level.INTER] for ranks in every] == [[0, 2, 4], [1, 3, 5]] * 3
+
+
+def test_coarse_sizes_are_fewer_and_reach_as_far():
+    fine, coarse = (probes.routine_sizes(Task.ALLREDUCE, 2, below) for below in (0, probes._COARSE_BELOW))
+    assert set(coarse) < set(fine) and (coarse[0], coarse[-1]) == (fine[0], fine[-1])
 
 
 def start_rank(rank: int, world: int, port: int, *arguments: str) -> subprocess.Popen:

@@ -26,10 +26,11 @@ def _short_phases(monkeypatch):
 def test_profile_of_every_codec(name, tmp_path):
     settings = CompressorSettings(name=name, feedback="none" if name == "identity" else "ef")
     heard = []
-    profile = profile_compressors(settings, (70_000, 1, 300), repeats=2, progress=lambda *news: heard.append(news))
-    (cpu,) = profile.devices
+    profile = profile_compressors([settings], (70_000, 1, 300), repeats=2, progress=lambda *news: heard.append(news))
+    (profiled,) = profile.codecs
+    (cpu,) = profiled.devices
     codec = make(settings)
-    assert profile.compressor == settings and profile.summable is (codec.sum_dtype is not None)
+    assert profiled.compressor == settings and profiled.summable is (codec.sum_dtype is not None)
     assert cpu.device is Device.CPU and cpu.numel == (1, 300, 70_000)
     assert cpu.payload_nbytes == tuple(map(codec.payload_nbytes, cpu.numel))
     for seconds in (cpu.encode_s, cpu.decode_s):
@@ -52,12 +53,12 @@ def test_every_timed_call_is_the_runtimes(monkeypatch):
 
     monkeypatch.setattr(compressors, "Feedback", Recorder)
     monkeypatch.setattr(compressors, "measure_contention", lambda *_: 0.25)
-    profile = profile_compressors(CompressorSettings(name="fp16"), sizes=(1000, 1 << 18), repeats=4)
+    profile = profile_compressors([CompressorSettings(name="fp16")], sizes=(1000, 1 << 18), repeats=4)
     small = [place for numel, place, _ in calls if numel == 1000]
     assert len(small) == 8 and len(set(small[4:])) == 4, "every timed call reads another tensor"
     assert [numel for numel, _, _ in calls].count(1 << 18) == 1 + 4
     assert {mode for _, _, mode in calls} == {"ef"}
-    assert profile.devices[0].contention == 0.25
+    assert profile.codecs[0].devices[0].contention == 0.25
 
 
 def test_contention_of_ranks_that_keep_step():
@@ -117,6 +118,8 @@ def test_disturbed_times_are_lowered():
 
 def test_what_cannot_be_profiled():
     with pytest.raises(FileError, match="unknown codec"):
-        profile_compressors(CompressorSettings(name="nope"))
+        profile_compressors([CompressorSettings(), CompressorSettings(name="nope")], progress=lambda *news: pytest.fail("began"))
     with pytest.raises(ValueError, match="must be positive"):
-        profile_compressors(CompressorSettings(), sizes=(0, 5))
+        profile_compressors([CompressorSettings()], sizes=(0, 5))
+    with pytest.raises(ValueError, match="0 codecs"):
+        profile_compressors([])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from plans import PREDICTION
 from rich.console import Console
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
@@ -16,10 +17,9 @@ sys.path.insert(0, str(LAUNCH))
 
 import quickstart_report as report  # noqa: E402
 from espresso_ds.core.errors import FileError  # noqa: E402
-from espresso_ds.core.plan import Prediction  # noqa: E402
 from quickstart_run import run_logged  # noqa: E402
 
-PREDICTED = Prediction(compute_s=1.0, stock_s=5.0, uncompressed_s=4.0, planned_s=1.25, uncompressed_bytes=100, planned_bytes=3)
+PREDICTED = PREDICTION.model_copy(update={"compute_s": 1.0, "stock_s": 5.0, "uncompressed_s": 4.0, "planned_s": 1.25})
 
 
 def write_run(folder: Path, step_s: float, sent: dict[str, int]) -> Path:

@@ -10,15 +10,30 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_cases import cluster_of, codecs_of, random_case, trace_of
+from planner_cases import (
+    cluster_of,
+    codecs_of,
+    costs_of,
+    menu_of,
+    nested_cluster_of,
+    random_case,
+    random_nested_case,
+    small_menu,
+    trace_of,
+)
 
+from espresso_ds.core.config import Constraints
 from espresso_ds.core.errors import FileError
-from espresso_ds.core.option import Level, Option, Task
-from espresso_ds.core.profile import ClusterProfile, Device
-from espresso_ds.planner.build import candidate_options
-from espresso_ds.planner.cost import Costs, Resource, undisturbed
+from espresso_ds.core.option import Device, Level, Option, Task
+from espresso_ds.core.profile import ClusterProfile
+from espresso_ds.planner.chrome import to_chrome
+from espresso_ds.planner.cost import LINKS, Costs, Resource
+from espresso_ds.planner.curves import undisturbed
 from espresso_ds.planner.fuse import fuse, singles
-from espresso_ds.planner.timeline import Unit, iteration_time, simulate, stock_time, stock_timeline, to_chrome
+from espresso_ds.planner.limits import Limits
+from espresso_ds.planner.timeline import Unit, iteration_time, simulate, stock_time, stock_timeline
+from espresso_ds.planner.tree import allowed, option_tree
+from espresso_ds.planner.trials import Trials
 
 AR, RS_AG = Option.parse("AR.flat"), Option.parse("RS.flat AG.flat")
 GATHERED = {device: Option.parse(f"C.{device} AG.flat D.{device}") for device in ("cpu", "gpu")}
@@ -105,7 +120,7 @@ def test_second_steps_queue_with_first_steps():
     """
     trace = trace_of([(4, 1.0), (2, 2.0)])
     units = units_with(trace, RS_AG, RS_AG)
-    spans = sorted(s.start_s for s in simulate(units, trace, plain_costs()).spans if s.resource is Resource.LINK)
+    spans = sorted(s.start_s for s in simulate(units, trace, plain_costs()).spans if s.resource is Resource.INTER)
     assert work(simulate(units, trace, plain_costs())) == {
         (0, "RS.flat"): (1, 3),
         (1, "RS.flat"): (3, 4),
@@ -125,6 +140,58 @@ def test_a_lane_serves_one_unit_at_a_time():
     spans = work(simulate(units_with(trace, GATHERED["cpu"], RS_AG), trace, plain_costs()))
     assert spans[0, "D.cpu"] == (4, 6)
     assert (spans[1, "RS.flat"], spans[1, "AG.flat"]) == ((4, 5), (6, 7))
+
+
+def test_two_links_work_at_once():
+    """Two nodes of two ranks: a routine inside the node takes two seconds, one between the nodes one.
+
+    intra     . 0 0 1 1 . 0 0 1 1
+    inter     . . . 0 . 1
+    """
+    trace = trace_of([(8, 1.0), (8, 1.0)], world=4, node=2)
+    costs = Costs(nested_cluster_of(alpha_s=(0.0, 0.0), bytes_per_s=(8.0, 32.0)), codecs_of())
+    nested = Option.parse("RS.intra AR.inter AG.intra")
+    timeline = simulate(units_with(trace, nested, nested), trace, costs)
+    assert work(timeline) == {
+        (0, "RS.intra"): (1, 3),
+        (1, "RS.intra"): (3, 5),
+        (0, "AR.inter"): (3, 4),
+        (0, "AG.intra"): (5, 7),
+        (1, "AR.inter"): (5, 6),
+        (1, "AG.intra"): (7, 9),
+    }
+    resources = {s.action: s.resource for s in timeline.spans if s.unit >= 0}
+    assert resources == {"RS.intra": Resource.INTRA, "AR.inter": Resource.INTER, "AG.intra": Resource.INTRA}
+
+
+def test_units_are_handed_on_in_plan_order():
+    """Unit 1 is through its first routine at 2, but the next lane takes it only after unit 0, whose allgather asks first at 4.
+
+    intra     . 1 . . . . . . . . . 1
+    inter     . 0 0 0 0 0 0 1 1 1 1
+    """
+    trace = trace_of([(8, 1.0), (8, 1.0)], world=4, node=2)
+    costs = Costs(nested_cluster_of(bytes_per_s=(16.0, 8.0)), codecs_of())
+    timeline = simulate(units_with(trace, RS_AG, Option.parse("RS.intra AR.inter AG.intra")), trace, costs)
+    assert work(timeline) == {
+        (0, "RS.flat"): (1, 4),
+        (1, "RS.intra"): (1, 2),
+        (0, "AG.flat"): (4, 7),
+        (1, "AR.inter"): (7, 11),
+        (1, "AG.intra"): (11, 12),
+    }
+
+
+def test_both_links_slow_the_backward():
+    """Contention 1/2 of each link: backward goes at 2/3 of its speed beside one and at 1/2 beside both."""
+    trace = trace_of([(8, 1.0), (8, 1.0)], world=4, node=2, backward_s=6.0)
+    costs = Costs(nested_cluster_of(bytes_per_s=(8.0, 32.0), contention=0.5), codecs_of())
+    nested = Option.parse("RS.intra AR.inter AG.intra")
+    # Links busy as in the picture above: one from 1 to 3, both from 3 to 4, one from 4 to 5, both from 5 to 6, one from 6 to 9.
+    done_at_9 = 1 + 2 / 1.5 + 1 / 2 + 1 / 1.5 + 1 / 2 + 3 / 1.5
+    timeline = simulate(units_with(trace, nested, nested), trace, costs)
+    assert done_at_9 == 6.0
+    assert timeline.backward_end_s == pytest.approx(9.0)
 
 
 def test_stock_deepspeed_reduces_after_backward():
@@ -184,16 +251,25 @@ def test_what_was_not_measured_is_named():
 def test_chrome_trace_holds_every_span():
     trace = trace_of([(4, 2.0), (1, 4.0)], forward_s=1)
     timeline = simulate(units_with(trace, GATHERED["cpu"], AR), trace, plain_costs())
-    events = [event for event in to_chrome(timeline)["traceEvents"] if event["ph"] == "X"]
+    events = [
+        event
+        for event in to_chrome({"a": stock_timeline(trace, plain_costs()), "b": timeline})["traceEvents"]
+        if event["ph"] == "X" and event["pid"] == 1
+    ]
     assert len(events) == len(timeline.spans)
     assert {(e["name"], e["ts"], e["dur"]) for e in events} >= {("C.cpu t0", 3e6, 2e6), ("AR.flat t1", 6e6, 1e6)}
 
 
 def reference(walks, ready, backward_s, contention, link_contention):
     """Step time from the start of backward, by lanes as workers that call back: written apart from the planner's loop."""
-    heap, now, busy, ends = [], [0.0], {0: None, 1: None, 2: None}, {"backward": 0.0, "synced": 0.0}
+    heap, now, busy, ends = [], [0.0], dict.fromkeys(range(4)), {"backward": 0.0, "synced": 0.0}
     waiting, tickets = {resource: [] for resource in busy}, itertools.count()
     left = [list(walk) for walk in walks]
+    routines = [sum(resource > 1 for resource, _ in walk) for walk in walks]
+    expected = [
+        [unit for unit, count in enumerate(routines) if count >= lane] for lane in range(9)
+    ]  # lane by lane, in plan order
+    arrived = [set() for _ in range(9)]
     inboxes = [[] for _ in range(9)]
     occupied = [False] * 9
     progress = {"at": 0.0, "done": 0.0, "next": 0, "version": 0}
@@ -203,7 +279,8 @@ def reference(walks, ready, backward_s, contention, link_contention):
         heapq.heappush(heap, (when, next(tickets), call))
 
     def rate():
-        return 0.0 if busy[0] else 1 / (1 + contention * bool(busy[1]) + link_contention * bool(busy[2]))
+        links = bool(busy[2]) + bool(busy[3])
+        return 0.0 if busy[0] else 1 / (1 + contention * bool(busy[1]) + link_contention * links)
 
     def aim():
         """Predict again when backward reaches the next unit; older predictions are void."""
@@ -277,15 +354,20 @@ def reference(walks, ready, backward_s, contention, link_contention):
             ends["synced"] = max(ends["synced"], now[0])
         else:
             resource, seconds = left[unit].pop(0)
-            if resource != 2:
+            if resource < 2:
                 use(resource, seconds, lambda: work_on(lane, unit))
                 return
 
-            def arrived():
-                inboxes[lane + 1].append(unit)
+            def hand_on():
+                """To the next lane, unless an earlier unit is still to come there."""
+                if not left[unit]:
+                    ends["synced"] = max(ends["synced"], now[0])
+                arrived[lane + 1].add(unit)
+                while expected[lane + 1] and expected[lane + 1][0] in arrived[lane + 1]:
+                    inboxes[lane + 1].append(expected[lane + 1].pop(0))
                 wake(lane + 1)
 
-            use(2, seconds, arrived)
+            use(resource, seconds, hand_on)
         occupied[lane] = False
         wake(lane)
 
@@ -297,13 +379,13 @@ def reference(walks, ready, backward_s, contention, link_contention):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_an_independent_simulator_agrees(device):
+@pytest.mark.parametrize("make_case", [random_case, random_nested_case])
+def test_an_independent_simulator_agrees(make_case, device):
     rng = random.Random(7)
-    for _ in range(150):
-        trace, cluster, codecs = random_case(rng, tensors=rng.randint(1, 9), device=device)
-        costs = Costs(cluster, codecs)
-        options = candidate_options(trace, codecs)
-        units = units_with(trace, *(rng.choice(options) for _ in trace.tensors))
+    for _ in range(100):
+        trace, cluster, codecs = make_case(rng, tensors=rng.randint(1, 9), device=device)
+        costs = costs_of(trace, cluster, codecs)
+        units = units_with(trace, *random_options(rng, trace, cluster))
         walks = [costs.walk(unit.option, unit.numel).lean for unit in units]
         slow = reference(walks, [unit.ready_s for unit in units], trace.backward_s, costs.contention, costs.link_contention)
         fast = iteration_time(units, trace, costs)
@@ -311,21 +393,50 @@ def test_an_independent_simulator_agrees(device):
         assert simulate(units, trace, costs).iteration_s == pytest.approx(fast, rel=1e-12)
 
 
-def test_spans_never_overlap_on_a_resource_and_keep_the_order_of_actions():
+def random_options(rng, trace, cluster):
+    """An option for each tensor; half the time few different ones, so that units meet in the same lanes."""
+    devices = (Device.CPU,) if trace.device == "cpu" else (Device.GPU, Device.CPU)
+    tree = allowed(option_tree(devices), Constraints(), cluster.nodes, cluster.ranks_per_node)
+    few = rng.sample(tree, 3) if rng.random() < 0.5 else tree
+    return [rng.choice(few) for _ in trace.tensors]
+
+
+@pytest.mark.parametrize("make_case", [random_case, random_nested_case])
+def test_spans_never_overlap_on_a_resource_and_keep_the_order_of_actions(make_case):
     rng = random.Random(3)
     for _ in range(60):
-        trace, cluster, codecs = random_case(rng, tensors=6)
-        options = candidate_options(trace, codecs)
-        units = units_with(trace, *(rng.choice(options) for _ in trace.tensors))
+        trace, cluster, codecs = make_case(rng, tensors=6)
+        units = units_with(trace, *random_options(rng, trace, cluster))
         timeline = simulate(units, trace, Costs(cluster, codecs))
-        for resource in (Resource.CPU, Resource.LINK):
+        for resource in (Resource.CPU, *LINKS):
             spans = sorted((s.start_s, s.end_s) for s in timeline.spans if s.resource is resource)
             assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(spans))
         for number, unit in enumerate(units):
             mine = sorted((s for s in timeline.spans if s.unit == number), key=lambda s: s.start_s)
             assert [s.action for s in mine] == list(map(str, unit.option.actions))
             assert mine[0].start_s >= trace.forward_s + unit.ready_s - 1e-12
+            assert all(a.end_s <= b.start_s + 1e-12 for a, b in itertools.pairwise(mine))
+        for lane, link in itertools.product(range(4), LINKS):  # the order of collectives is that of the plan
+            links = [[s for s in timeline.spans if s.unit == number and s.resource in LINKS] for number in range(len(units))]
+            ordered = [sorted(mine, key=lambda s: s.start_s) for mine in links]
+            starts = [mine[lane].start_s for mine in ordered if len(mine) > lane and mine[lane].resource is link]
+            assert all(before < after for before, after in itertools.pairwise(starts))
         assert timeline.iteration_s >= trace.compute_s
+
+
+@pytest.mark.parametrize("make_case", [random_case, random_nested_case])
+def test_the_critical_path_is_the_whole_step_without_a_gap(make_case):
+    rng = random.Random(13)
+    for device in ("cpu", "cuda"):
+        for _ in range(60):
+            trace, cluster, codecs = make_case(rng, tensors=rng.randint(1, 8), device=device)
+            timeline = simulate(units_with(trace, *random_options(rng, trace, cluster)), trace, Costs(cluster, codecs))
+            path = timeline.critical_path
+            assert (path[0].start_s, path[-1].end_s) == (0.0, timeline.iteration_s)
+            assert all(before.end_s == after.start_s for before, after in itertools.pairwise(path))
+            assert sum(s.end_s - s.start_s for s in path) == pytest.approx(timeline.iteration_s)
+            busy = {(s.unit, s.action, s.end_s): s.start_s for s in timeline.spans if s.unit >= 0}
+            assert all(busy[s.unit, s.action, s.end_s] == s.start_s for s in path if s.unit >= 0)
 
 
 @given(
@@ -347,6 +458,14 @@ def test_a_slower_link_never_makes_the_step_shorter(rows, slower):
     assert times[0] <= times[1] * (1 + 1e-12)
 
 
+def fused(units, trace, cluster, codecs):
+    """The units after `fuse`, among uncompressed ones and an allgather of payloads."""
+    menu = small_menu(trace, cluster, codecs, [AR, RS_AG, GATHERED["cpu"]])
+    trials = Trials(units, trace, menu)
+    fuse(trials, Limits(trace, menu))
+    return trials.units
+
+
 def test_fusing_merges_only_neighbours_of_one_dtype_and_never_hurts():
     rng = random.Random(11)
     for _ in range(20):
@@ -357,18 +476,19 @@ def test_fusing_merges_only_neighbours_of_one_dtype_and_never_hurts():
             dtypes=[rng.choice(["float32", "bfloat16"]) for _ in trace.tensors],
         )
         costs = Costs(cluster, codecs)
-        before = singles(mixed)
-        after = fuse(before, mixed, costs)
+        before = [Unit.of(mixed, i, i + 1, rng.choice([AR, RS_AG, GATHERED["cpu"]])) for i in range(8)]
+        after = fused(before, mixed, cluster, codecs)
         assert iteration_time(after, mixed, costs) <= iteration_time(before, mixed, costs) * (1 + 1e-8)
         assert [i for u in after for i in range(u.start, u.stop)] == list(range(8))
+        assert after == [Unit.of(mixed, u.start, u.stop, u.option, u.codec) for u in after]
         assert all(len({t.dtype for t in mixed.tensors[u.start : u.stop]}) == 1 for u in after)
-        assert after == fuse(before, mixed, costs)
+        assert after == fused(before, mixed, cluster, codecs)
 
 
 def test_latency_is_why_units_are_fused():
     """Ten tiny tensors at once, a millisecond of latency each: one buffer."""
     trace = trace_of([(10, 1.0)] * 10)
-    assert len(fuse(singles(trace), trace, Costs(cluster_of(alpha_s=1e-3, bytes_per_s=1e9), codecs_of()))) == 1
+    assert len(fused(singles(trace), trace, cluster_of(alpha_s=1e-3, bytes_per_s=1e9), codecs_of())) == 1
 
 
 def test_a_unit_has_one_dtype():
@@ -380,9 +500,10 @@ def test_a_unit_has_one_dtype():
 def test_only_measured_devices_that_training_has_are_used():
     trace = trace_of([(1, 1.0)])
     with pytest.raises(FileError, match="measured on gpu, but the model was traced on cpu"):
-        candidate_options(trace, codecs_of(device="gpu"))
-    assert {a.at for o in candidate_options(trace, codecs_of()) for a in o.actions} == {Device.CPU, Level.FLAT}
-    assert len(candidate_options(trace, codecs_of(summable=True))) == 13
+        menu_of(trace, cluster_of(), codecs_of(device="gpu"))
+    choices = menu_of(trace, cluster_of(), codecs_of()).choices
+    assert {action.at for choice in choices for action in choice.option.actions} == {Device.CPU, Level.FLAT}
+    assert len(menu_of(trace, cluster_of(), codecs_of(summable=True)).choices) == 13
 
 
 def test_a_disturbed_sample_is_lowered_to_its_neighbours():

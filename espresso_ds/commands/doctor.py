@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..core.errors import EspressoError, UnsupportedError
 from ..integrations import boot
+from ..planner.native import library
 from ..profiler.mpi_launch import find_mpirun
 
 PACKAGES = ("espresso-ds", "deepspeed", "torch", "transformers", "accelerate", "mpi4py")
@@ -35,7 +36,13 @@ def run(args: argparse.Namespace) -> None:
     rows.append(("start-up hook", *_hook()))
     rows.append(("launcher flag", *_launcher_flag()))
     rows.append(("mpirun", *_mpirun()))
+    native = library() is not None
     optional = [
+        (
+            "native code",
+            native,
+            "the planner's timeline" if native else "planning runs in plain Python: install g++, then espresso_ds again",
+        ),
         ("c++", bool(shutil.which("c++")), "DeepSpeed compiles its CPU kernels with it (CPU training only)"),
         ("ip, tc", bool(shutil.which("ip") and shutil.which("tc")), "launch/emulate shapes links with them (optional)"),
     ]

@@ -9,7 +9,9 @@ from rich.console import Console
 
 from ..core.plan import Plan, load_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
+from ..core.record import write_json
 from ..planner.build import timelines_of
+from ..planner.chrome import to_chrome
 from .prepare import profile_directory
 
 
@@ -27,18 +29,35 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="PNG", help="draw the timelines of DeepSpeed, of overlap alone and of the plan"
     )
+    parser.add_argument(
+        "--chrome",
+        type=Path,
+        metavar="JSON",
+        help="write the plan's timeline for chrome://tracing or Perfetto, the one before beside it",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the explanation, and draw the picture if asked. Raises FileError, MismatchError."""
-    from ..planner.render import draw, explain  # brings rich tables and, for pictures, matplotlib
+    from ..planner.render import draw, explain, explain_path  # brings rich tables and, for pictures, matplotlib
 
     _, _, plan = load_plan_file(args.plan)
-    Console().print(explain(plan, args.tensor))
+    console = Console()
+    console.print(explain(plan, args.tensor))
+    directory = args.profiles or profile_directory(args.plan)
+    wanted = [path for path in (args.picture, args.chrome) if path is not None]
+    if not wanted and not directory.is_dir():
+        return
+    timelines = load_timelines(plan, directory)
+    if args.tensor is None:
+        console.print(explain_path(timelines["planned"]))
     if args.picture is not None:
-        draw(load_timelines(plan, args.profiles or profile_directory(args.plan)), args.picture)
-        print(args.picture)
+        draw(timelines, args.picture)
+    if args.chrome is not None:
+        write_json(args.chrome, to_chrome(timelines))
+    for path in wanted:
+        print(path)
 
 
 def load_timelines(plan: Plan, directory: Path) -> dict:

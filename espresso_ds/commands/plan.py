@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..core.config import EspressoBlock
 from ..core.errors import FileError
+from ..core.option import Option
 from ..core.plan import BLOCK, Plan, load_json, plan_of, read_block, save_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..planner.build import make_plan
@@ -23,6 +25,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--cluster", type=Path, required=True)
     parser.add_argument("--compressors", type=Path, required=True)
     add_plan_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print what the plan promises as JSON")
     parser.set_defaults(run=run)
     seal = commands.add_parser("seal", help="accept a plan that was edited by hand")
     seal.add_argument("plan", type=Path)
@@ -34,6 +37,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--uncompressed", action="store_true", help="no compression: only overlap with backward and fuse")
     thrift = "share of the fastest plan's step to give for leaving uncompressed what compression helps least (default: 0.01)"
     parser.add_argument("--thrift", type=float, help=thrift)
+    parser.add_argument(
+        "--hierarchical",
+        action="store_true",
+        help="search the whole option tree; this version can plan and predict all of it, but training refuses what is not flat",
+    )
     parser.add_argument("-o", "--out", type=Path, default=Path("plan.json"), help="(default: %(default)s)")
 
 
@@ -43,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
     block = with_thrift(block, args)
     profiles = ModelTrace.load(args.trace), ClusterProfile.load(args.cluster), CompressorProfile.load(args.compressors)
     with Reporter() as report:
-        plan = write_plan(args.out, config, block, *profiles, uncompressed=args.uncompressed, report=report)
-    print(f"{args.out}: {describe(plan)}")
+        plan = write_plan(args, config, block, *profiles, report=report)
+    print(json.dumps(summary(plan)) if args.json else f"{args.out}: {describe(plan)}")
 
 
 def run_seal(args: argparse.Namespace) -> None:
@@ -72,34 +80,54 @@ def with_thrift(block: EspressoBlock, args: argparse.Namespace) -> EspressoBlock
 
 
 def write_plan(
-    out: Path,
+    args: argparse.Namespace,
     config: dict[str, Any],
     block: EspressoBlock,
     trace: ModelTrace,
     cluster: ClusterProfile,
     compressors: CompressorProfile,
     *,
-    uncompressed: bool,
     report: Report,
 ) -> Plan:
     """Make the plan and write it into a copy of the config. Raises MismatchError, FileError."""
+    constraints = block.constraints if args.hierarchical else block.constraints.model_copy(update={"flat_only": True})
     plan = make_plan(
         trace,
         cluster,
         compressors,
         made_by=f"espresso_ds {__version__}",
-        uncompressed=uncompressed,
+        uncompressed=args.uncompressed,
         thrift=block.thrift,
-        progress=lambda stage, done, total: report(done / max(1, total), f"{stage}, unit {done} of {total}"),
+        constraints=constraints,
+        error_budget=block.error_budget,
+        progress=lambda stage, done, total: report(done / max(1, total), stage),
     )
-    save_plan_file(out, {key: value for key, value in config.items() if key != BLOCK}, block, plan)
+    save_plan_file(args.out, {key: value for key, value in config.items() if key != BLOCK}, block, plan)
     return plan
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """What a plan promises, for scripts: seconds, bytes, counts and ratios."""
+    predicted = plan.predicted
+    lossy = [tensor for tensor in plan.tensors if Option.parse(tensor.option).compresses]
+    return {
+        **predicted.model_dump(mode="json"),
+        "speedup_over_stock": predicted.stock_s / predicted.planned_s,
+        "speedup_over_uncompressed": predicted.uncompressed_s / predicted.planned_s,
+        "certified_gap": predicted.gap,
+        "tensors": len(plan.tensors),
+        "units": len(plan.units()),
+        "compressed_tensors": len(lossy),
+        "compressed_numel": sum(tensor.numel for tensor in lossy),
+        "executable": all(Option.parse(tensor.option).executable for tensor in plan.tensors),
+        "seal": plan.seal,
+    }
 
 
 def describe(plan: Plan) -> str:
     """What a plan promises, in a line."""
     predicted = plan.predicted
-    compressed = sum("C." in tensor.option for tensor in plan.tensors)
+    compressed = sum(Option.parse(tensor.option).compresses for tensor in plan.tensors)
     gain = predicted.stock_s / predicted.planned_s
     if not compressed:
         return (

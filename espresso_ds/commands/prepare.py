@@ -1,4 +1,4 @@
-"""`espresso prepare`: trace the script, profile cluster and codec, decide, and write plan.json. Skips what it is given."""
+"""`espresso prepare`: trace the script, profile cluster and codecs, decide, and write plan.json. Skips what it is given."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from .launching import add_cluster_arguments, add_launch_arguments
 from .plan import add_plan_arguments, describe, read_ds_config, with_thrift, write_plan
 from .profile import (
     add_compressor_arguments,
+    alternative_settings,
     compressor_settings,
     describe_cluster,
-    describe_compressor,
+    describe_compressors,
     profile_cluster,
-    profile_compressor,
+    profile_compressors,
 )
 from .trace import describe as describe_trace
 from .trace import trace_script
@@ -48,7 +49,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure what is not given, plan, and write plan.json; the profiles go to a directory beside it."""
     config, block = read_ds_config(args.ds_config)
-    block = with_thrift(block.model_copy(update={"compressor": compressor_settings(args, block.compressor)}), args)
+    compressor, alternatives = compressor_settings(args, block.compressor), alternative_settings(args, block.alternatives)
+    block = with_thrift(block.model_copy(update={"compressor": compressor, "alternatives": alternatives}), args)
     given: dict[str, Any] = {kind: record.load(path) for kind, record in FILES.items() if (path := getattr(args, kind))}
     directory = profile_directory(args.out)
     # Work beside the target, so that what is moved there at the end is whole whenever we are interrupted.
@@ -61,25 +63,20 @@ def run(args: argparse.Namespace) -> None:
                 args, work / "cluster.json", report.part(0.4, 0.75, "cluster"), trace.threads
             )
             cluster.save(work / "cluster.json")
-            compressors = given.get("compressors") or profile_compressor(
-                args, block.compressor, work / "trace.json", work / "compressors.json", report.part(0.75, 0.95, "compressors")
+            compressors = given.get("compressors") or profile_compressors(
+                args,
+                (compressor, *alternatives),
+                work / "trace.json",
+                work / "compressors.json",
+                report.part(0.75, 0.95, "compressors"),
             )
             compressors.save(work / "compressors.json")
         finally:
             keep(work, directory)
-        plan = write_plan(
-            args.out,
-            config,
-            block,
-            trace,
-            cluster,
-            compressors,
-            uncompressed=args.uncompressed,
-            report=report.part(0.95, 1.0, "plan"),
-        )
+        plan = write_plan(args, config, block, trace, cluster, compressors, report=report.part(0.95, 1.0, "plan"))
     print(f"trace:       {describe_trace(trace)}")
     print(f"cluster:     {describe_cluster(cluster)}")
-    print(f"compressors: {describe_compressor(compressors)}")
+    print("compressors:", "\n             ".join(describe_compressors(compressors)))
     print(f"{args.out}: {describe(plan)}")
     print(f"why: `espresso explain {args.out}`; profiles are in {directory}")
     if not boot.hook_file_installed():

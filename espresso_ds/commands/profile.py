@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.config import CompressorSettings
-from ..core.profile import ClusterProfile, CompressorProfile
+from ..core.errors import FileError
+from ..core.profile import ClusterProfile, CodecProfile, CompressorProfile
 from .job import Report, Reporter, run_job
 from .launching import add_cluster_arguments, ranks_command
+
+_CODEC_TIMEOUT_S = 600.0
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the command's arguments."""
-    parser = commands.add_parser("profile", help="measure the cluster or a compressor", description=__doc__)
+    parser = commands.add_parser("profile", help="measure the cluster or compressors", description=__doc__)
     kinds = parser.add_subparsers(required=True, metavar="cluster|compressors")
     cluster = kinds.add_parser("cluster", help="latency and bandwidth of links and collective routines")
     add_cluster_arguments(cluster)
     cluster.add_argument("-o", "--out", type=Path, default=Path("cluster.json"), help="(default: %(default)s)")
     cluster.set_defaults(run=run_cluster)
-    compressors = kinds.add_parser("compressors", help="encode and decode seconds and payload bytes of a codec")
+    compressors = kinds.add_parser("compressors", help="encode and decode seconds, payload bytes and error of codecs")
     add_cluster_arguments(compressors)
     add_compressor_arguments(compressors)
     compressors.add_argument("--trace", type=Path, help="measure at the tensor sizes of this trace as well")
@@ -28,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def add_compressor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which codec; what is not given comes from the config's espresso block, or else the codec's defaults."""
+    """Which codecs; what is not given comes from the config's espresso block, or else the codec's defaults."""
     group = parser.add_argument_group("compressor")
     group.add_argument(
         "--compressor", metavar="NAME", help="codec, such as topk, randomk, efsignsgd, quantize, fp16, bf16 (default: topk)"
@@ -36,6 +41,14 @@ def add_compressor_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--density", type=float, help="sparsifiers: share of elements kept")
     group.add_argument("--bits", type=int, help="quantizers: bits per element")
     group.add_argument("--feedback", choices=["ef", "none"], help="error memory (default: ef)")
+    group.add_argument(
+        "--alternative",
+        action="append",
+        default=[],
+        metavar="NAME[:KEY=VALUE]...",
+        help="a further codec that single tensors may get, such as fp16:feedback=none or topk:density=0.1; repeatable "
+        "(keys: density, bits, feedback, seed)",
+    )
 
 
 def compressor_settings(args: argparse.Namespace, base: CompressorSettings) -> CompressorSettings:
@@ -49,6 +62,22 @@ def compressor_settings(args: argparse.Namespace, base: CompressorSettings) -> C
     return CompressorSettings.read({**kept, **given}, "compressor on the command line")
 
 
+def alternative_settings(args: argparse.Namespace, base: Sequence[CompressorSettings]) -> tuple[CompressorSettings, ...]:
+    """Those of `base` and then those of the command line, each once. Raises FileError at one that cannot be read."""
+    return tuple(dict.fromkeys((*base, *map(_alternative, args.alternative))))
+
+
+def _alternative(text: str) -> CompressorSettings:
+    name, *pairs = text.split(":")
+    given = {"name": name}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key in given:
+            raise FileError(f"--alternative {text}: {pair!r} is not KEY=VALUE with a key of its own; write topk:density=0.1")
+        given[key] = value
+    return CompressorSettings.read(given, f"--alternative {text}")
+
+
 def run_cluster(args: argparse.Namespace) -> None:
     """Measure and write the file."""
     with Reporter() as report:
@@ -58,10 +87,10 @@ def run_cluster(args: argparse.Namespace) -> None:
 
 def run_compressors(args: argparse.Namespace) -> None:
     """Measure and write the file."""
-    settings = compressor_settings(args, CompressorSettings())
+    settings = (compressor_settings(args, CompressorSettings()), *alternative_settings(args, ()))
     with Reporter() as report:
-        profile = profile_compressor(args, settings, args.trace, args.out, report)
-    print(f"{args.out}: {describe_compressor(profile)}")
+        profile = profile_compressors(args, settings, args.trace, args.out, report)
+    print(f"{args.out}:", *describe_compressors(profile), sep="\n  ")
 
 
 def profile_cluster(args: argparse.Namespace, out: Path, report: Report, threads: int | None = None) -> ClusterProfile:
@@ -75,14 +104,16 @@ def profile_cluster(args: argparse.Namespace, out: Path, report: Report, threads
     return ClusterProfile.load(out)
 
 
-def profile_compressor(
-    args: argparse.Namespace, settings: CompressorSettings, trace: Path | None, out: Path, report: Report
+def profile_compressors(
+    args: argparse.Namespace, settings: Sequence[CompressorSettings], trace: Path | None, out: Path, report: Report
 ) -> CompressorProfile:
-    """Measure a codec on all ranks at once, as they will run it. Raises JobError, FileError, UnsupportedError."""
-    arguments = ["-o", str(out.resolve()), "--compressor", settings.model_dump_json(exclude_none=True)]
+    """Measure each codec, once, on all ranks at once, as they will run it. Raises JobError, FileError, UnsupportedError."""
+    wanted = [each.model_dump(mode="json", exclude_none=True) for each in dict.fromkeys(settings)]
+    arguments = ["-o", str(out.resolve()), "--compressors", json.dumps(wanted)]
     if trace is not None:
         arguments += ["--trace", str(trace.resolve())]
-    run_job(ranks_command(args, "espresso_ds.profiler.compressors_mpi", *arguments), out.with_suffix(".log"), report)
+    command = ranks_command(args, "espresso_ds.profiler.compressors_mpi", *arguments)
+    run_job(command, out.with_suffix(".log"), report, timeout_s=_CODEC_TIMEOUT_S * len(wanted))
     return CompressorProfile.load(out)
 
 
@@ -98,14 +129,18 @@ def describe_cluster(profile: ClusterProfile) -> str:
     return f"{size} over {profile.backend}: {links}; contention {profile.contention:.2f}"
 
 
-def describe_compressor(profile: CompressorProfile) -> str:
-    """One line about a compressor profile."""
-    parts = []
-    for times in profile.devices:
+def describe_compressors(profile: CompressorProfile) -> list[str]:
+    """One line about each codec of a compressor profile."""
+    return list(map(_describe_codec, profile.codecs))
+
+
+def _describe_codec(codec: CodecProfile) -> str:
+    parts = [f"{codec.compressor.label}: relative error {codec.relative_error:.2g}"]
+    for times in codec.devices:
         nbytes = 4 * times.numel[-1]
         parts.append(
             f"{times.device}: {nbytes / times.encode_s[-1] / 1e9:.2f} GB/s encoding, "
             f"{nbytes / times.decode_s[-1] / 1e9:.2f} GB/s decoding, payload {100 * times.payload_nbytes[-1] / nbytes:.2f}% "
             f"(at {times.numel[-1]} elements), contention {times.contention:.2f}"
         )
-    return f"{profile.compressor.label}: {'; '.join(parts)}"
+    return "; ".join(parts)

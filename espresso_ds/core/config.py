@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from .record import Record
 
@@ -25,11 +25,31 @@ class CompressorSettings(Record):
         return f"{' '.join([self.name, *strength])}, {'error feedback' if self.feedback == 'ef' else 'no error feedback'}"
 
 
+class Constraints(Record):
+    """What the planner must keep to (E 4.2: users may prune the option tree)."""
+
+    max_compressions: NonNegativeInt | None = Field(None, description="most compressions of one tensor on its way")
+    forbid: tuple[str, ...] = Field(
+        (), description="what no option may hold: an action (A2A.inter), a task (GA) or a place (cpu, intra)"
+    )
+    flat_only: bool = Field(False, description="no hierarchical options")
+    exact: tuple[str, ...] = Field((), description="patterns (*norm*, *.bias) of tensors that are never compressed")
+    summable_only: bool = Field(False, description="only codecs whose payloads can be summed")
+    residual_bytes: NonNegativeInt | None = Field(None, description="most memory of one rank for error feedback")
+
+
 class EspressoBlock(Record):
     """The block without its plan. `plan`, written by `espresso plan`, is kept raw here and read by `core.plan`."""
 
     enabled: bool = True
     compressor: CompressorSettings = CompressorSettings()
+    alternatives: tuple[CompressorSettings, ...] = Field(
+        (), description="further codecs or densities that the planner may give to single tensors"
+    )
+    error_budget: float | None = Field(
+        None, gt=0, le=1, description="most relative error, as the mean over all elements, that compression may make"
+    )
+    constraints: Constraints = Constraints()
     thrift: float = Field(
         0.01,
         ge=0,

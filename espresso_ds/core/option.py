@@ -20,10 +20,11 @@ Tasks on a level of the network (``flat``, ``intra``, ``inter``) are routines:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, lru_cache
-from typing import Self
+from typing import NamedTuple, Self
 
 from .errors import FileError, nearest
 
@@ -121,44 +122,96 @@ class Option:
         )
 
     @cached_property
+    def compressions(self) -> int:
+        """How often the tensor is compressed on its way."""
+        return sum(action.task is Task.COMPRESS for action in self.actions)
+
+    @property
+    def executable(self) -> bool:
+        """Whether this version's runtime can run it; hierarchical options are planned and predicted only."""
+        return self.levels == {Level.FLAT}
+
+    @cached_property
     def levels(self) -> frozenset[Level]:
         """The levels whose groups the option needs."""
         return frozenset(action.at for action in self.actions if isinstance(action.at, Level))
 
     def check(self) -> None:
-        """Follow the tensor through the actions; raise FileError at the first that cannot be done or is missing.
-
-        Flat options are followed to the end. Options with intra and inter steps are built by the option tree only.
-        """
-        if self.levels != {Level.FLAT}:
-            raise FileError(f"option {str(self)!r}: only flat routines can be executed by this version")
-        packed, first, done = False, None, False
+        """Follow the tensor through the actions; raise FileError at the first that cannot be done, or if it ends too early."""
+        state = START
         for number, action in enumerate(self.actions):
-            task = action.task
-            if task is Task.COMPRESS:
-                fault = "compresses what is compressed" if packed else "compresses after the last routine" if done else ""
-                packed = True
-            elif task is Task.DECOMPRESS:
-                fault = "" if packed else "decompresses what is not compressed"
-                packed = False
-            elif done:
-                fault = f"{task} comes after the tensor is complete"
-            elif first is not None:
-                fault = "" if task is SECOND_STEP[first] else f"{first} needs {SECOND_STEP[first]} as its second step"
-                done = True
-            elif task in SECOND_STEP:
-                wants_packed = task in (Task.ALLTOALL, Task.GATHER)
-                fault = "" if packed is wants_packed else f"{task} carries {'payloads' if wants_packed else 'tensors'}"
-                first = task
-            else:
-                fault = ""
-                if task is Task.BROADCAST or (task is Task.ALLGATHER and not packed):
-                    fault = f"{task} needs a first step"
-                done = True
-            if fault:
-                raise FileError(f"option {str(self)!r}: action {number + 1} ({action}) {fault}")
-        if not done or packed:
-            raise FileError(f"option {str(self)!r}: ends {'compressed' if packed else 'before the tensor is complete'}")
+            following = dict(moves(state, summable=True))
+            step = action.task, (None if action.task in CODEC_TASKS else action.at)
+            if step not in following:
+                expected = ", ".join(f"{task}.{at}" if at else task for task, at in following) or "nothing more"
+                raise FileError(f"option {str(self)!r}: action {number + 1} ({action}) cannot come here; possible: {expected}")
+            state = following[step]
+        if not state.ends:
+            end = "compressed" if state.packed else "before the tensor is complete"
+            raise FileError(f"option {str(self)!r}: ends {end}")
+
+
+class State(NamedTuple):
+    """A tensor on its way through the option tree (E 4.2, figure 8): which routine is due, and in what form the tensor is."""
+
+    level: Level | None = None  # of the next routine; None: before the first
+    second: Task | None = None  # completes the divisible scheme under way at `level`; None: a new scheme starts there
+    outer: Task | None = None  # completes the scheme inside the node, once the one between nodes is complete
+    packed: bool = False
+    fresh: bool = False  # just compressed: a routine must follow
+    done: bool = False  # no routine is left
+
+    @property
+    def ends(self) -> bool:
+        """Whether the tensor is complete and not compressed."""
+        return self.done and not self.packed
+
+
+START = State()
+
+
+def moves(state: State, summable: bool = False) -> Iterator[tuple[tuple[Task, Level | None], State]]:
+    """The edges of the option tree: each task that may come next, with its level (None: any device), and where it leads.
+
+    Flat schemes take one phase; hierarchical ones are a divisible scheme inside the node around any scheme between nodes.
+
+    Args:
+        state: where the tensor is.
+        summable: payloads may be added up, so that an allreduce carries them too. Not in the paper, whose indivisible routine
+            for compressed tensors is allgather; its traffic grows with the number of ranks.
+    """
+    if not state.done:
+        for level in (Level.FLAT, Level.INTRA) if state.level is None else (state.level,):
+            for task in _schemes(state, level, summable):
+                yield (task, level), _after(state, task, level)
+        if not state.packed:
+            yield (Task.COMPRESS, None), state._replace(packed=True, fresh=True)
+    if state.packed and not state.fresh:
+        yield (Task.DECOMPRESS, None), state._replace(packed=False)
+
+
+def _schemes(state: State, level: Level, summable: bool) -> tuple[Task, ...]:
+    """The routines of tables 2 and 3 that are possible at a level."""
+    if state.second is not None:
+        return (state.second,)
+    firsts = (Task.ALLTOALL, Task.GATHER) if state.packed else (Task.REDUCE_SCATTER, Task.REDUCE)
+    if level is Level.INTRA:
+        return firsts
+    if not state.packed:
+        return (Task.ALLREDUCE, *firsts)
+    return (Task.ALLGATHER, *firsts, *((Task.ALLREDUCE,) if summable and state.fresh else ()))
+
+
+def _after(state: State, task: Task, level: Level) -> State:
+    """The state after a routine."""
+    moved = state._replace(level=level, fresh=False)
+    if state.second is None and task in SECOND_STEP:
+        if level is Level.INTRA:
+            return moved._replace(level=Level.INTER, outer=SECOND_STEP[task])
+        return moved._replace(second=SECOND_STEP[task])
+    if level is Level.INTER:
+        return moved._replace(level=Level.INTRA, second=state.outer, outer=None)
+    return moved._replace(second=None, done=True)
 
 
 @lru_cache(maxsize=8192)

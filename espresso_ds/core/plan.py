@@ -24,6 +24,7 @@ class TensorDecision(Record):
     dtype: str
     numel: PositiveInt
     option: str
+    codec: NonNegativeInt = Field(0, description="which of the plan's compressors, where the option compresses")
     unit: NonNegativeInt
     firings: PositiveInt = 1
     saves_s: float = Field(0.0, description="predicted step time lost if this tensor's unit were sent uncompressed instead")
@@ -62,6 +63,13 @@ class Prediction(Record):
     planned_s: NonNegativeFloat
     uncompressed_bytes: NonNegativeInt
     planned_bytes: NonNegativeInt
+    lower_bound_s: NonNegativeFloat = Field(description="no strategy at all can be faster than this, by this model")
+    free_compression_s: NonNegativeFloat = Field(description="the best plan found if compression took no time: E's upper bound")
+
+    @property
+    def gap(self) -> float:
+        """Certified: by which share of the lower bound the plan may be slower than the best of all strategies."""
+        return self.planned_s / self.lower_bound_s - 1
 
 
 class Plan(FileRecord):
@@ -74,7 +82,7 @@ class Plan(FileRecord):
     made_by: str
     made_for: MadeFor
     profiles: dict[str, str] = Field(description="fingerprints of the trace, cluster and compressor profiles")
-    compressor: CompressorSettings
+    compressors: tuple[CompressorSettings, ...] = Field(min_length=1)
     predicted: Prediction
     chunk_numel: PositiveInt | None = Field(None, description="larger compressed units travel in chunks of so many elements")
     tensors: tuple[TensorDecision, ...]
@@ -107,10 +115,15 @@ class Plan(FileRecord):
         for before, after in zip(self.tensors, self.tensors[1:], strict=False):
             if after.unit not in (before.unit, before.unit + 1):
                 raise FileError(f"{where}: tensor {after.name!r} has unit {after.unit} after unit {before.unit}")
-            if after.unit == before.unit and (after.option, after.dtype) != (before.option, before.dtype):
+            shared = (before.option, before.codec, before.dtype) == (after.option, after.codec, after.dtype)
+            if after.unit == before.unit and not shared:
                 raise FileError(
-                    f"{where}: tensors {before.name!r} and {after.name!r} share unit {after.unit} but not option and dtype"
+                    f"{where}: tensors {before.name!r} and {after.name!r} share unit {after.unit}, but not option, codec, dtype"
                 )
+        if odd := next((tensor for tensor in self.tensors if tensor.codec >= len(self.compressors)), None):
+            raise FileError(
+                f"{where}: tensor {odd.name!r} has codec {odd.codec}, but the plan has {len(self.compressors)} compressors, from 0"
+            )
 
 
 def read_block(ds_config: dict[str, Any], where: str) -> EspressoBlock | None:

@@ -65,7 +65,8 @@ class RoutineCost(Record):
 
     routine: Task
     level: Level
-    ranks: PositiveInt
+    ranks: PositiveInt = Field(description="ranks of one group: all, those of a node, or one of every node")
+    groups: PositiveInt = Field(1, description="groups of the level that ran it at once and shared each node's network card")
     nbytes: tuple[PositiveInt, ...]
     seconds: tuple[PositiveFloat, ...] = Field(description="medians, one for each of nbytes")
     alpha_s: NonNegativeFloat
@@ -121,16 +122,25 @@ class CodecTimes(Record):
     )
 
 
+class CodecProfile(Record):
+    """What one codec costs on this cluster's hosts, and what it loses."""
+
+    compressor: CompressorSettings
+    summable: bool = Field(description="whether payloads may be summed by an allreduce")
+    relative_error: NonNegativeFloat = Field(
+        description="|x - decode(encode(x))|^2 / |x|^2 of normally distributed x: 0 loses nothing, 1 all"
+    )
+    devices: tuple[CodecTimes, ...]
+
+
 class CompressorProfile(FileRecord):
-    """What one codec costs on this cluster's hosts."""
+    """The codecs that a plan may choose from; the first is the one asked for, the others are alternatives to it."""
 
     KIND: ClassVar[str] = "compressor profile"
     MADE_BY: ClassVar[str] = "espresso profile compressors"
 
     schema_version: Literal[1] = 1
-    compressor: CompressorSettings
-    summable: bool = Field(description="whether payloads may be summed by an allreduce")
-    devices: tuple[CodecTimes, ...]
+    codecs: tuple[CodecProfile, ...] = Field(min_length=1)
 
 
 def model_fingerprint(tensors) -> str:  # noqa: ANN001 - any iterable of (name, shape, dtype)

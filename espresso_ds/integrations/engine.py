@@ -9,6 +9,8 @@ import atexit
 import functools
 import itertools
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,14 +18,15 @@ import torch
 import torch.distributed as dist
 
 from ..compressors import registry
+from ..compressors.base import Codec
 from ..core.chunks import chunk_lengths
 from ..core.errors import EspressoError, FileError, UnsupportedError
-from ..core.option import Device, Option
+from ..core.option import Device, Level, Option
 from ..core.plan import Plan
 from ..feedback import Feedback
 from ..runtime import streams
 from ..runtime.agree import Agreement, meet
-from ..runtime.executor import Executor, Unit
+from ..runtime.executor import Compressor, Executor, Unit
 from ..runtime.lanes import Lanes
 from ..runtime.synchroniser import Member, Scaling, Synchroniser
 from .engine_facts import check_made_for, check_supported, layout, timing_config, trainable
@@ -59,18 +62,26 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
     nodes, ranks_per_node = layout()
     with agreement.collecting():
         check_made_for(source.plan, engine, nodes, ranks_per_node, source.where)
-        codec = registry.make(source.plan.compressor)
-        _check_options(source.plan, codec.sum_dtype is not None, timing_config(engine)["device"])
+        codecs = [registry.make(settings) for settings in source.plan.compressors]
+        _check_options(source.plan, codecs, timing_config(engine)["device"])
     agreement.settle(_items(engine, source))
-    engine.espresso = Attachment(engine, source)
+    engine.espresso = Attachment(engine, source, codecs)
     if dist.get_rank() == 0:
         print(_banner(source), file=sys.stderr, flush=True)
 
 
 class Attachment:
-    """What `engine.espresso` holds: the running synchroniser and the way to take it off again (`detach`)."""
+    """What `engine.espresso` holds: the running synchroniser and the way to take it off again (`detach`).
 
-    def __init__(self, engine: Any, source: Source) -> None:
+    `feedback` has the residuals: one memory for each kind of feedback that the plan's compressors ask for.
+
+    Args:
+        engine: a DeepSpeedEngine for which the plan was checked.
+        source: the plan and the block it stands in.
+        codecs: one for each of the plan's compressors.
+    """
+
+    def __init__(self, engine: Any, source: Source, codecs: Sequence[Codec]) -> None:
         plan, timeout_s = source.plan, source.block.timeout_s
         parameters = trainable(engine)
         device = next(iter(parameters.values())).device
@@ -78,9 +89,13 @@ class Attachment:
         steps = max(chunks[0].steps for chunks, _ in units)
         backend = dist.get_backend()
         self._groups = [dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s)) for _ in range(steps)]
-        self.feedback = Feedback(plan.compressor.feedback)
+        self.feedback = {settings.feedback: Feedback(settings.feedback) for settings in plan.compressors}
         wire_dtype = engine.communication_data_type
-        executor = Executor(registry.make(plan.compressor), self.feedback, self._groups, wire_dtype, plan.compressor.seed)
+        compressors = [
+            Compressor(codec, self.feedback[settings.feedback], settings.seed)
+            for codec, settings in zip(codecs, plan.compressors, strict=True)
+        ]
+        executor = Executor(compressors, self._groups, wire_dtype)
         self._lanes = Lanes(steps, timeout_s, functools.partial(streams.enter_lane, device))
         self.synchroniser = Synchroniser(units, executor, self._lanes, scaling_of(engine), wire_dtype)
         self.plan = plan
@@ -136,17 +151,22 @@ def _units(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> list[tuple[
         numel = sum(tensor.numel for tensor in tensors)
         lengths = chunk_lengths(numel, plan.chunk_numel if option.compresses else None, dist.get_world_size())
         labels = [label] if len(lengths) == 1 else [f"{label} [{place}]" for place in range(len(lengths))]
-        chunks = [Unit(next(index), text, length, option) for text, length in zip(labels, lengths, strict=True)]
+        codec = tensors[0].codec
+        chunks = [Unit(next(index), text, length, option, codec) for text, length in zip(labels, lengths, strict=True)]
         units.append((chunks, [Member(tensor.name, parameters[tensor.name], tensor.firings) for tensor in tensors]))
     return units
 
 
-def _check_options(plan: Plan, summable: bool, device: str | int | float | bool) -> None:
+def _check_options(plan: Plan, codecs: Sequence[Codec], device: str | int | float | bool) -> None:
+    """Raise FileError or UnsupportedError at the first tensor whose option its codec, this device or we cannot carry out."""
     for tensor in plan.tensors:
-        option = Option.parse(tensor.option)
-        if option.sums_payloads and not summable:
-            raise FileError(
-                f"{tensor.name}: option {option} sums payloads, which {plan.compressor.name} does not allow; plan again"
+        option, codec = Option.parse(tensor.option), codecs[tensor.codec]
+        if option.sums_payloads and codec.sum_dtype is None:
+            raise FileError(f"{tensor.name}: option {option} sums payloads, which {codec.name} does not allow; plan again")
+        if option.levels != {Level.FLAT}:
+            raise UnsupportedError(
+                f"{tensor.name}: option {option} is not flat, which cannot be run yet; "
+                'set "constraints": {"flat_only": true} and plan again'
             )
         if device == "cpu" and any(action.at is Device.GPU for action in option.actions):
             raise FileError(f"{tensor.name}: option {option} compresses on a GPU, but the model computes on the CPU; plan again")
@@ -163,11 +183,12 @@ def _items(engine: Any, source: Source) -> dict[str, str]:
 
 def _banner(source: Source) -> str:
     plan = source.plan
-    compressed = sum(Option.parse(tensor.option).compresses for tensor in plan.tensors)
+    used = Counter(tensor.codec for tensor in plan.tensors if Option.parse(tensor.option).compresses)
+    codecs = "; ".join(f"{count} with {plan.compressors[codec].label}" for codec, count in sorted(used.items()))
     predicted = plan.predicted
     return (
-        f"espresso: plan active ({source.where}): {compressed} of {len(plan.tensors)} tensors compressed with "
-        f"{plan.compressor.label}, "
+        f"espresso: plan active ({source.where}): {used.total()} of {len(plan.tensors)} tensors compressed"
+        f"{f' ({codecs})' if codecs else ''}, "
         f"{predicted.planned_bytes / 1e6:.2f} MB sent per rank and step instead of {predicted.uncompressed_bytes / 1e6:.2f} MB, "
         f"expected step {predicted.planned_s:.3f} s (DeepSpeed alone: {predicted.stock_s:.3f} s)"
     )

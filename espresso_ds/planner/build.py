@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..core.config import EspressoBlock
+from ..core.config import Constraints, EspressoBlock
 from ..core.errors import FileError, MismatchError
-from ..core.option import UNCOMPRESSED, Device, Option
+from ..core.option import Device, Option
 from ..core.plan import MadeFor, Plan, Prediction, TensorDecision
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
+from .bound import lower_bound
 from .chunk import best_chunk, chunked
 from .cost import Costs
-from .decide import Trials, beyond_gain
-from .search import Progress, plan_compressed, plan_uncompressed
-from .timeline import Timeline, Unit, iteration_time, simulate, stock_time, stock_timeline
-from .tree import flat_options, summable_options
+from .improve import spare
+from .limits import Limits
+from .menu import Choice, Menu
+from .reasons import reasons
+from .search import Progress, best_plan, best_uncompressed
+from .timeline import Timeline, Unit, simulate, stock_time, stock_timeline
+from .tree import allowed, is_exact, option_tree
+from .trials import Trials
+
+NO_CONSTRAINTS = Constraints()
+
+WORTHWHILE = 0.01
+"""Least share of the uncompressed step that compression must save: less is within the noise of any step time, and it is lossy."""
 
 
 def make_plan(
@@ -25,6 +35,8 @@ def make_plan(
     made_by: str,
     uncompressed: bool = False,
     thrift: float = EspressoBlock().thrift,
+    constraints: Constraints = NO_CONSTRAINTS,
+    error_budget: float | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Plan:
     """Decide for every tensor and predict the step.
@@ -32,10 +44,12 @@ def make_plan(
     Args:
         trace: gradient sizes and ready times.
         cluster: measured routines.
-        compressors: measured codec times and payload sizes.
+        compressors: measured codec times and payload sizes; the planner may use any of its codecs for any tensor.
         made_by: program and version, for people.
         uncompressed: allreduce everything, overlapped with backward and fused, even where compression would pay.
         thrift: share of the fastest plan's step given for leaving uncompressed what compression helps least.
+        constraints: what the plan must keep to.
+        error_budget: most relative error, as the mean over all elements.
         progress: called with (stage, done, total) during the search.
 
     Returns:
@@ -43,26 +57,32 @@ def make_plan(
 
     Raises:
         MismatchError: trace and cluster profile are of different worlds.
-        FileError: a routine or device that the search needs was not measured, or a profile is not sound.
+        FileError: a routine or device that the search needs was not measured, a profile is not sound, or the constraints
+            leave nothing to choose from.
     """
     _check_worlds(trace, cluster)
     fingerprints = {"trace": trace.fingerprint, "cluster": cluster.fingerprint, "compressors": compressors.fingerprint}
     trace = in_wire_order(trace)
     costs = Costs(cluster, compressors, trace.wire_dtype)
-    plain = plan_uncompressed(trace, costs)
-    options = candidate_options(trace, compressors)
-    units = plain if uncompressed else plan_compressed(options, trace, costs, plain, thrift, progress)
-    chunk_numel = None if uncompressed else best_chunk(units, trace, costs)
+    menu = make_menu(trace, costs, constraints)
+    exact = [index for index, tensor in enumerate(trace.tensors) if is_exact(tensor.name, constraints.exact)]
+    limits = Limits(trace, menu, exact, constraints.residual_bytes, error_budget)
+    plain = best_uncompressed(trace, menu)
+    units = plain if uncompressed else _worthwhile(plain, trace, menu, limits, thrift, progress)
+    chunk_numel = None if uncompressed else best_chunk(units, trace, menu)
     pieces = chunked(units, chunk_numel, costs.world)
+    planned_s = Trials(pieces, trace, menu).time
     predicted = Prediction(
         compute_s=trace.compute_s,
         stock_s=stock_time(trace, costs),
-        uncompressed_s=simulate(plain, trace, costs).iteration_s,
-        planned_s=iteration_time(pieces, trace, costs),
+        uncompressed_s=Trials(plain, trace, menu).time,
+        planned_s=planned_s,
         uncompressed_bytes=_sent_bytes(plain, costs),
         planned_bytes=_sent_bytes(pieces, costs),
+        lower_bound_s=lower_bound(trace, menu, planned_s, exact).seconds,
+        free_compression_s=free_compression_s(trace, menu, limits, planned_s),
     )
-    reasons = [(0.0, "uncompressed, as asked")] * len(units) if uncompressed else _reasons(units, options, trace, costs)
+    why = [(0.0, "uncompressed, as asked")] * len(units) if uncompressed else reasons(units, trace, menu, limits)
     tensors = tuple(
         TensorDecision(
             name=tensor.name,
@@ -70,12 +90,13 @@ def make_plan(
             dtype=tensor.dtype,
             numel=tensor.numel,
             option=str(unit.option),
+            codec=unit.codec,
             unit=number,
             firings=tensor.firings,
             saves_s=saves_s,
-            why=why,
+            why=text,
         )
-        for number, (unit, (saves_s, why)) in enumerate(zip(units, reasons, strict=True))
+        for number, (unit, (saves_s, text)) in enumerate(zip(units, why, strict=True))
         for tensor in trace.tensors[unit.start : unit.stop]
     )
     return Plan(
@@ -84,33 +105,76 @@ def make_plan(
             nodes=cluster.nodes, ranks_per_node=cluster.ranks_per_node, model=trace.model_fingerprint, config=trace.config
         ),
         profiles=fingerprints,
-        compressor=compressors.compressor,
+        compressors=tuple(codec.compressor for codec in compressors.codecs),
         predicted=predicted,
         chunk_numel=chunk_numel,
         tensors=tensors,
     ).sealed()
 
 
-def in_wire_order(trace: ModelTrace) -> ModelTrace:
-    """The trace with its tensors sorted by ready time; equal times keep their order."""
-    return trace.model_copy(update={"tensors": tuple(sorted(trace.tensors, key=lambda tensor: tensor.ready_s))})
-
-
-def candidate_options(trace: ModelTrace, compressors: CompressorProfile) -> tuple[Option, ...]:
-    """The options to choose from: the flat tree over the measured devices that training has, and sums of payloads.
+def make_menu(trace: ModelTrace, costs: Costs, constraints: Constraints = NO_CONSTRAINTS) -> Menu:
+    """Every option that cluster, codecs and constraints leave, with every codec that can do it.
 
     Raises:
-        FileError: codecs were measured on no device that training has.
+        FileError: codecs were measured on no device that training has, no routine was measured, or nothing is left to choose.
     """
     usable = (Device.CPU,) if trace.device == "cpu" else (Device.GPU, Device.CPU)
-    measured = {times.device for times in compressors.devices}
-    devices = [device for device in usable if device in measured]
-    if not devices:
+    choices: dict[Choice, None] = {}
+    for number, codec in enumerate(costs.codecs):
+        measured = {times.device for times in codec.devices}
+        devices = tuple(device for device in usable if device in measured)
+        if not devices:
+            raise FileError(
+                f"compressor profile: {codec.compressor.name} was measured on {', '.join(sorted(measured)) or 'no device'}, but the "
+                f"model was traced on {trace.device}; measure there with `{CompressorProfile.MADE_BY}`"
+            )
+        if constraints.summable_only and not codec.summable:
+            continue
+        for option in allowed(option_tree(devices, codec.summable), constraints, *costs.shape):
+            if costs.has(option):
+                choices[Choice(option, number if option.compresses else 0)] = None
+    if not any(not choice.option.compresses for choice in choices):
+        names = ", ".join(codec.compressor.name for codec in costs.codecs)
+        if constraints.summable_only and not any(codec.summable for codec in costs.codecs):
+            raise FileError(f"constraints: summable_only, but payloads of {names} cannot be summed; add such a codec, or drop it")
         raise FileError(
-            f"compressor profile: measured on {', '.join(sorted(measured)) or 'no device'}, but the model was traced on "
-            f"{trace.device}; measure there with `{CompressorProfile.MADE_BY}`"
+            f"cluster profile: no routine of an uncompressed option was measured with {costs.world} ranks; "
+            f"measure it with `{ClusterProfile.MADE_BY}`"
         )
-    return flat_options(devices) + (summable_options(devices) if compressors.summable else ())
+    return Menu(tuple(choices), costs)
+
+
+def _worthwhile(
+    plain: list[Unit], trace: ModelTrace, menu: Menu, limits: Limits, thrift: float, progress: Progress
+) -> list[Unit]:
+    """The best plan, after thrift, or `plain` if that is hardly slower."""
+    limit = Trials(plain, trace, menu).time * (1 - WORTHWHILE)
+    if trace.compute_s >= limit:
+        return plain  # even synchronisation that takes no time would not be worth it
+    trials = Trials(best_plan(trace, menu, limits, progress), trace, menu)
+    if trials.time > limit:
+        return plain
+    spare(trials, menu, min(limit, trials.time * (1 + thrift)))
+    return trials.units
+
+
+def free_compression_s(trace: ModelTrace, menu: Menu, limits: Limits, planned_s: float) -> float:
+    """E's upper bound of the speed: the step of the best plan found if codecs took no time; never above `planned_s`."""
+    free = Menu(menu.choices, menu.costs.with_free_codecs())
+    return min(planned_s, Trials(best_plan(trace, free, limits), trace, free).time)
+
+
+def in_wire_order(trace: ModelTrace) -> ModelTrace:
+    """The trace with its tensors sorted by ready time; equal times keep their order. Raises FileError if it is not sound."""
+    if not trace.tensors:
+        raise FileError(f"model trace: holds no tensors; trace a model with parameters to train by `{ModelTrace.MADE_BY}`")
+    last = max(trace.tensors, key=lambda tensor: tensor.ready_s)
+    if last.ready_s > trace.backward_s * 1.01:
+        raise FileError(
+            f"model trace: {last.name!r} is ready after {last.ready_s:g} s, but backward takes {trace.backward_s:g} s; "
+            f"give all times in seconds, or trace again with `{ModelTrace.MADE_BY}`"
+        )
+    return trace.model_copy(update={"tensors": tuple(sorted(trace.tensors, key=lambda tensor: tensor.ready_s))})
 
 
 def timelines_of(plan: Plan, trace: ModelTrace, cluster: ClusterProfile, compressors: CompressorProfile) -> dict[str, Timeline]:
@@ -129,9 +193,10 @@ def timelines_of(plan: Plan, trace: ModelTrace, cluster: ClusterProfile, compres
             )
     trace = in_wire_order(trace)
     costs = Costs(cluster, compressors, trace.wire_dtype)
+    plain = best_uncompressed(trace, make_menu(trace, costs))
     return {
         "DeepSpeed": stock_timeline(trace, costs),
-        "uncompressed, overlapped": simulate(plan_uncompressed(trace, costs), trace, costs),
+        "uncompressed, overlapped": simulate(plain, trace, costs),
         "planned": simulate(chunked(units_of(plan, trace), plan.chunk_numel, costs.world), trace, costs),
     }
 
@@ -140,7 +205,7 @@ def units_of(plan: Plan, trace: ModelTrace) -> list[Unit]:
     """The units of a plan whose tensors are those of `trace`, in its order."""
     units, start = [], 0
     for group in plan.units():
-        units.append(Unit.of(trace, start, start + len(group), Option.parse(group[0].option)))
+        units.append(Unit.of(trace, start, start + len(group), Option.parse(group[0].option), group[0].codec))
         start += len(group)
     return units
 
@@ -157,34 +222,4 @@ def _check_worlds(trace: ModelTrace, cluster: ClusterProfile) -> None:
 
 
 def _sent_bytes(units: Sequence[Unit], costs: Costs) -> int:
-    return round(sum(costs.walk(unit.option, unit.numel).sent_bytes for unit in units))
-
-
-def _reasons(units: Sequence[Unit], options: Sequence[Option], trace: ModelTrace, costs: Costs) -> list[tuple[float, str]]:
-    """For each unit the seconds that its option saves against uncompressed, and the reason in words."""
-    trials, hidden = Trials(units, trace, costs), beyond_gain(simulate(units, trace, costs), costs)
-    reasons = []
-    for index, unit in enumerate(units):
-        saves_s = 0.0 if unit.option == UNCOMPRESSED else trials.time_with(index, UNCOMPRESSED) - trials.time
-        if index in hidden and not unit.option.compresses:
-            reasons.append((saves_s, "hidden: sent before a bubble, compressing gains nothing"))
-            continue
-        others = [option for option in options if option.compresses and option != unit.option]
-        next_s, other = trials.best(index, others, below=float("inf"))
-        more = "" if other is None else f"{other} {_more(next_s - trials.time)}"
-        if unit.option == UNCOMPRESSED:
-            reasons.append((saves_s, f"not worth compressing: the best way, {more}" if more else "no other option"))
-        else:
-            reasons.append((saves_s, f"saves {_ms(saves_s)} against uncompressed" + (f"; next best {more}" if more else "")))
-    return reasons
-
-
-def _more(seconds: float) -> str:
-    """How another option compares. One that is better alone does occur: the search is greedy and asks for a gain worth having."""
-    if abs(seconds) < 5e-7:
-        return "takes as long"
-    return f"costs {_ms(seconds)} more" if seconds > 0 else f"would save {_ms(-seconds)}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return round(sum(costs.walk(unit.option, unit.numel, unit.codec).sent_bytes for unit in units))

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from ..core.chunks import chunk_lengths
 from ..core.profile import ModelTrace
-from .cost import Costs
-from .timeline import Unit, iteration_time
+from .menu import Menu
+from .timeline import Unit
+from .trials import Trials
 
 SIZES = (None, 1 << 22, 1 << 21, 1 << 20, 1 << 19)
 """Elements per chunk. Smaller ones cost more latency and codec calls than they hide."""
@@ -29,8 +30,8 @@ def chunked(units: Sequence[Unit], chunk_numel: int | None, world_size: int) -> 
     ]
 
 
-def best_chunk(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> int | None:
-    """The size with the least F(S), or a larger one that is hardly worse. Raises FileError (a cost was not measured)."""
-    times = {size: iteration_time(chunked(units, size, costs.world), trace, costs) for size in SIZES}
+def best_chunk(units: Sequence[Unit], trace: ModelTrace, menu: Menu) -> int | None:
+    """The size with the least F(S), or a larger one that is hardly worse."""
+    times = {size: Trials(chunked(units, size, menu.costs.world), trace, menu).time for size in SIZES}
     enough = min(times.values()) * (1 + WORTHWHILE)
     return next(size for size, time in times.items() if time <= enough)

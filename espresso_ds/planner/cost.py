@@ -1,49 +1,97 @@
 """What every action costs: seconds on a resource and bytes sent, from measured samples only (E 4.3, "empirical models").
 
-`Costs.walk` follows one tensor through the actions of an option, with the runtime's state: dense values or payload rows, the
-whole tensor or this rank's shard of it. W is the number of ranks, n the number of elements, m = ceil(n / W) a shard.
+`operations` follows one tensor of n elements through the actions of an option, with the runtime's state: what this rank is in
+charge of (n / d elements: all, or a shard) and, where it is packed, how many payload rows it holds of n / e elements each. p is
+the size of the routine's group: all ranks, those of a node, or one of every node.
 
-| action          | works on                       | takes                  | mean bytes sent per rank |
-|-----------------|--------------------------------|------------------------|--------------------------|
-| C before A2A    | W shards, a row each           | W encodings of m       |                          |
-| C otherwise     | all that the rank holds        | 1 encoding of n (or m) |                          |
-| D               | the rows that the rank holds   | 1 decoding a row       |                          |
-| AR              | tensor, or one summable payload| AR of its bytes        | 2 (W-1)/W of them        |
-| RS              | tensor; leaves a shard         | RS of its bytes        | (W-1)/W of them          |
-| AG              | shard, or r rows; leaves W r   | AG of what a rank has  | (W-1) times that         |
-| A2A             | W rows; leaves W rows of m     | A2A of all rows        | (W-1)/W of them          |
-| RD, GA          | tensor; a row, the root gets W | RD, GA of its bytes    | (W-1)/W of them          |
-| BC              | tensor, or r rows of the root  | BC of its bytes        | (W-1)/W of them          |
+| action | works on                                  | takes                 | leaves         | mean bytes sent per rank |
+|--------|-------------------------------------------|-----------------------|----------------|--------------------------|
+| C      | n/d elements, cut into the k rows that the alltoalls before the next D hand out | k encodings of n/(d k) | k rows |   |
+| D      | the rows that the rank holds              | 1 decoding a row      | dense          |                          |
+| AR     | n/d elements, or one summable payload     | AR of its bytes       | the same       | 2 (p-1)/p of them        |
+| RS     | n/d elements                              | RS of its bytes       | d p            | (p-1)/p of them          |
+| AG     | n/d elements, or r rows                   | AG of its bytes       | d / p, or r p rows | (p-1) times that     |
+| A2A    | r rows, r/p for each rank                 | A2A of all rows       | r rows, d p    | (p-1)/p of them          |
+| RD, GA | n/d elements; r rows, the root gets r p   | RD, GA of its bytes   | the root goes on | (p-1)/p of them        |
+| BC     | n/d elements, or r rows of the root       | BC of its bytes       | the same       | (p-1)/p of them          |
 
-Bytes sent are means over ranks, and roots rotate from unit to unit: all but the root send once in RD and GA, and in BC all but
-the root receive once. The bandwidth-optimal algorithm is counted for AR. Seconds are those of the busiest rank: a root's codec
-work is charged in full, although only every W-th unit has its root here. Rows are padded to 16 bytes on the wire; that is not
-counted.
+An inter-node routine has as many groups as ranks of a node are in charge of something: all after RS or A2A inside the node, one
+(the root's) after RD or GA. Groups share the node's network card, and are measured so. Bytes sent are means over ranks, and roots
+rotate from unit to unit. The bandwidth-optimal algorithm is counted for AR. Seconds are those of the busiest rank: a root's codec
+work is charged in full, although only every p-th unit has its root here. Rows are padded to 16 bytes on the wire; that is not
+counted. What it takes to start an operation is in the samples: in alpha, and in the codec's time for the smallest tensor.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import pairwise
+from functools import cached_property, lru_cache
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..core.errors import FileError, nearest
 from ..core.option import Action, Device, Level, Option, Task
-from ..core.profile import ClusterProfile, CodecTimes, CompressorProfile
+from ..core.profile import ClusterProfile, CodecProfile, CompressorProfile
+from .curves import Curve, check_samples, codec_curve, payload_curve, routine_curve
 
 WIRE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element on the wire, uncompressed, by torch's name of the dtype."""
 
 
 class Resource(IntEnum):
-    """What an action occupies. Codec work on the device of the tensor occupies the compute resource."""
+    """What an action occupies. Codec work on the device of the tensor occupies the compute resource.
+
+    Flat routines occupy the link between nodes, or inside the node where there is only one.
+    """
 
     COMPUTE = 0
     CPU = 1
-    LINK = 2
+    INTRA = 2
+    INTER = 3
+
+
+LINKS = (Resource.INTRA, Resource.INTER)
+
+
+class Shape(NamedTuple):
+    """Number of nodes, and ranks of each."""
+
+    nodes: int
+    ranks_per_node: int
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_per_node
+
+    def ranks(self, level: Level) -> int:
+        """Size of a group of the level."""
+        return {Level.FLAT: self.world, Level.INTRA: self.ranks_per_node, Level.INTER: self.nodes}[level]
+
+
+class Operation(NamedTuple):
+    """An action with all that its cost depends on but the number of elements n.
+
+    It handles `rows` payloads of ceil(n / divisor) elements each, or ceil(n / divisor) elements as they are (rows = 0).
+    """
+
+    action: Action
+    rows: int
+    divisor: int
+    codec: int
+    payload_of: Device | None  # where the rows were encoded
+    groups: int
+    share: float  # of the ranks that take part
+
+    @property
+    def task(self) -> Task:
+        """What is done."""
+        return self.action.task
 
 
 class Step(NamedTuple):
@@ -60,8 +108,70 @@ class Walk:
 
     steps: tuple[Step, ...]
     sent_bytes: float
-    lean: tuple[tuple[int, float], ...]
-    """(resource, seconds) of each step, for the inner loop of the simulator."""
+
+    @cached_property
+    def lean(self) -> tuple[tuple[int, float], ...]:
+        """(resource, seconds) of each step, for the simulator."""
+        return tuple((int(step.resource), step.seconds) for step in self.steps)
+
+
+@lru_cache(maxsize=1 << 15)
+def operations(option: Option, codec: int, shape: Shape) -> tuple[Operation, ...]:
+    """The actions of an option with what their costs depend on; see the table above."""
+    divisor, rows, row_divisor, device = 1, 0, 1, None
+    rooted = False  # only the node's root is in charge, between the routines inside the node
+    found = []
+    for number, action in enumerate(option.actions):
+        task, at = action.task, action.at
+        if isinstance(at, Device):
+            if task is Task.COMPRESS:
+                rows, device = _rows(option.actions[number + 1 :], shape), at
+                row_divisor = divisor * rows
+            found.append(Operation(action, rows, row_divisor, codec, device, 1, 1.0))
+            rows = 0 if task is Task.DECOMPRESS else rows
+            continue
+        size = shape.ranks(at)
+        active = 1 if rooted and at is Level.INTER else shape.ranks_per_node
+        groups = active if at is Level.INTER else 1
+        share = active / shape.ranks_per_node
+        found.append(Operation(action, rows, row_divisor if rows else divisor, codec, device if rows else None, groups, share))
+        if task in (Task.REDUCE_SCATTER, Task.ALLTOALL):
+            divisor *= size
+        elif task is Task.ALLGATHER and _is_second(option.actions[:number], at):
+            divisor //= size
+        if rows and task in (Task.ALLGATHER, Task.GATHER):
+            rows *= size
+        if at is Level.INTRA:
+            rooted = task in (Task.REDUCE, Task.GATHER)
+    return tuple(found)
+
+
+def _rows(following: Sequence[Action], shape: Shape) -> int:
+    """Into how many payloads a compression cuts its elements: the parts that alltoalls hand out before the next D."""
+    rows = 1
+    for action in following:
+        if action.task is Task.DECOMPRESS:
+            break
+        if action.task is Task.ALLTOALL and isinstance(action.at, Level):
+            rows *= shape.ranks(action.at)
+    return rows
+
+
+def _is_second(before: Sequence[Action], level: Level) -> bool:
+    """Whether an allgather at this level completes a divisible scheme."""
+    return any(action.at is level for action in before)
+
+
+_SENT = {
+    Task.ALLREDUCE: lambda ranks: 2 * (ranks - 1) / ranks,
+    Task.REDUCE_SCATTER: lambda ranks: (ranks - 1) / ranks,
+    Task.ALLGATHER: lambda ranks: ranks - 1,
+    Task.ALLTOALL: lambda ranks: (ranks - 1) / ranks,
+    Task.REDUCE: lambda ranks: (ranks - 1) / ranks,
+    Task.GATHER: lambda ranks: (ranks - 1) / ranks,
+    Task.BROADCAST: lambda ranks: (ranks - 1) / ranks,
+}
+"""Mean bytes sent per rank, over the bytes that one rank puts in, as a function of the number of ranks of the group."""
 
 
 class Costs:
@@ -80,167 +190,120 @@ class Costs:
         """
         if wire_dtype not in WIRE_BYTES:
             raise FileError(f"model trace: wire_dtype is {wire_dtype!r}{nearest(wire_dtype, WIRE_BYTES)}")
+        self.shape = Shape(cluster.nodes, cluster.ranks_per_node)
         self.world = cluster.world_size
         self.element_bytes = WIRE_BYTES[wire_dtype]
         self.link_contention = cluster.contention
-        self._ranks = {Level.FLAT: cluster.world_size, Level.INTRA: cluster.ranks_per_node, Level.INTER: cluster.nodes}
-        self._routines = {(cost.routine, cost.level, cost.ranks): cost for cost in cluster.routines}
-        self._codecs = {times.device: times for times in compressors.devices}
-        self._walks: dict[tuple[Option, int], Walk] = {}
-        for cost in cluster.routines:
-            _check_samples(f"cluster profile: {cost.routine}.{cost.level} of {cost.ranks} ranks", cost.nbytes, cost.seconds)
-        self._seconds = {key: undisturbed(cost.nbytes, cost.seconds) for key, cost in self._routines.items()}
-        for times in compressors.devices:
-            columns = (times.payload_nbytes, times.encode_s, times.decode_s)
-            _check_samples(f"compressor profile: device {times.device}", times.numel, *columns)
-
-    @property
-    def contention(self) -> float:
+        self.codecs: tuple[CodecProfile, ...] = compressors.codecs
+        self.contention = max(
+            (t.contention for codec in self.codecs for t in codec.devices if t.device is Device.CPU), default=0.0
+        )
         """Seconds by which one second of codec work on the CPU delays the backward that runs at the same time."""
-        times = self._codecs.get(Device.CPU)
-        return times.contention if times else 0.0
+        self._routines = {(cost.routine, cost.level, cost.ranks, cost.groups): routine_curve(cost) for cost in cluster.routines}
+        self._encode: dict[tuple[int, Device], Curve] = {}
+        self._decode: dict[tuple[int, Device], Curve] = {}
+        self._payload: dict[tuple[int, Device], Curve] = {}
+        for number, codec in enumerate(self.codecs):
+            for times in codec.devices:
+                where = f"compressor profile: {codec.compressor.name} on device {times.device}"
+                check_samples(where, times.numel, times.payload_nbytes, times.encode_s, times.decode_s)
+                self._encode[number, times.device] = codec_curve(times.numel, times.encode_s)
+                self._decode[number, times.device] = codec_curve(times.numel, times.decode_s)
+                self._payload[number, times.device] = payload_curve(times)
+        self._walks: dict[tuple[Option, int, int], Walk] = {}
 
-    def comm(self, routine: Task, level: Level, nbytes: float) -> float:
-        """Seconds of a routine into which one rank puts `nbytes` (as `RoutineCost` counts them).
+    def with_free_codecs(self) -> Costs:
+        """The same costs but for compression and decompression, which take no time."""
+        free = copy(self)
+        free.contention = 0.0
+        free._encode = dict.fromkeys(self._encode, Curve((0.0,), (0.0,), 0.0))
+        free._decode = dict.fromkeys(self._decode, Curve((0.0,), (0.0,), 0.0))
+        free._walks = {}
+        return free
 
-        Straight lines between samples. Below the first, a line to alpha at zero bytes; above the last, the slope beta of the fit.
-        Both join the samples without a step, so that a fit which is a little off never makes more bytes cost less.
-
-        Raises:
-            FileError: the routine was not measured at that level with that many ranks.
-        """
-        key = routine, level, self._ranks[level]
-        cost = self._routines.get(key)
-        if cost is None:
-            raise FileError(
-                f"cluster profile: {routine}.{level} was not measured with {self._ranks[level]} ranks; "
-                f"measure it with `{ClusterProfile.MADE_BY}`"
-            )
-        seconds = self._seconds[key]
-        if nbytes <= cost.nbytes[0]:
-            alpha = min(cost.alpha_s, seconds[0])
-            return alpha + (seconds[0] - alpha) * nbytes / cost.nbytes[0]
-        if nbytes >= cost.nbytes[-1]:
-            return seconds[-1] + cost.beta_s_per_byte * (nbytes - cost.nbytes[-1])
-        return _between(cost.nbytes, seconds, nbytes)
-
-    def encode_s(self, device: Device, numel: int) -> float:
-        """Seconds to compress `numel` elements into one payload, error feedback included. Raises FileError."""
-        times = self._times(device)
-        return _codec_seconds(times.numel, times.encode_s, numel)
-
-    def decode_s(self, device: Device, numel: int) -> float:
-        """Seconds to decompress one payload of `numel` elements and add it to a sum. Raises FileError."""
-        times = self._times(device)
-        return _codec_seconds(times.numel, times.decode_s, numel)
-
-    def payload_nbytes(self, device: Device, numel: int) -> float:
-        """Bytes of one payload of `numel` elements: straight lines through measured sizes, at both ends too. Raises FileError."""
-        times = self._times(device)
-        return max(1.0, _line(times.numel, times.payload_nbytes, numel))
-
-    def walk(self, option: Option, numel: int) -> Walk:
+    def walk(self, option: Option, numel: int, codec: int = 0) -> Walk:
         """Steps and bytes of `option` for a buffer of `numel` elements; see the table above. Raises FileError."""
-        key = (option, numel)
+        key = (option, codec, numel)
         if key not in self._walks:
-            self._walks[key] = self._walk(option, numel)
+            done = operations(option, codec, self.shape)
+            sent = sum(
+                self.nbytes(op, numel) * _SENT[op.task](self.shape.ranks(op.action.at)) * op.share
+                for op in done
+                if isinstance(op.action.at, Level)
+            )
+            steps = tuple(Step(op.action, self.resource(op), float(self.seconds(op, numel))) for op in done)
+            self._walks[key] = Walk(steps, float(sent))
         return self._walks[key]
 
-    def _walk(self, option: Option, numel: int) -> Walk:
-        world, shard = self.world, -(-numel // self.world)
-        extent = numel  # elements that the rank is in charge of: all, or a shard
-        rows, row_numel, row_bytes = 0, 0, 0.0  # payloads that the rank holds; none: the tensor is dense
-        steps: list[Step] = []
-        sent = 0.0
-        for number, action in enumerate(option.actions):
-            task, at = action.task, action.at
-            if isinstance(at, Device):
-                if task is Task.COMPRESS:
-                    per_shard = option.actions[number + 1].task is Task.ALLTOALL
-                    rows, row_numel = (world, shard) if per_shard else (1, extent)
-                    row_bytes = self.payload_nbytes(at, row_numel)
-                    seconds = rows * self.encode_s(at, row_numel)
-                else:
-                    seconds = rows * self.decode_s(at, row_numel)
-                    rows = 0
-                steps.append(Step(action, Resource.COMPUTE if at is Device.GPU else Resource.CPU, seconds))
-                continue
-            packed = rows > 0
-            if packed:
-                nbytes = rows * row_bytes
-            elif task is Task.REDUCE_SCATTER:
-                nbytes = world * shard * self.element_bytes
-            else:
-                nbytes = extent * self.element_bytes
-            steps.append(Step(action, Resource.LINK, self.comm(task, at, nbytes)))
-            sent += nbytes * _SENT[task](world)
-            if task in (Task.REDUCE_SCATTER, Task.ALLTOALL):
-                extent = shard
-            elif task is Task.ALLGATHER:
-                extent = numel
-            if packed and task in (Task.ALLGATHER, Task.GATHER):
-                rows *= world
-        return Walk(tuple(steps), sent, tuple((int(step.resource), step.seconds) for step in steps))
+    def resource(self, operation: Operation) -> Resource:
+        """What the operation occupies."""
+        at = operation.action.at
+        if isinstance(at, Device):
+            return Resource.COMPUTE if at is Device.GPU else Resource.CPU
+        return Resource.INTRA if at is Level.INTRA or self.shape.nodes == 1 else Resource.INTER
 
-    def _times(self, device: Device) -> CodecTimes:
-        if device not in self._codecs:
-            measured = ", ".join(sorted(self._codecs)) or "none"
+    def seconds(self, operation: Operation, numel: int | NDArray) -> NDArray[np.float64]:
+        """Seconds of the operation for units of `numel` elements, of the same shape. Raises FileError (not measured)."""
+        seconds, _ = self.curves(operation)
+        if isinstance(operation.action.at, Device):
+            return operation.rows * seconds(_ceil(numel, operation.divisor))
+        return seconds(self.nbytes(operation, numel))
+
+    def curves(self, operation: Operation) -> tuple[Curve, Curve | None]:
+        """What `seconds` looks up: seconds over elements or bytes, and the payload's bytes over elements. Raises FileError."""
+        at = operation.action.at
+        if isinstance(at, Device):
+            return self._of(self._encode if operation.task is Task.COMPRESS else self._decode, operation.codec, at), None
+        payload = None if operation.payload_of is None else self._of(self._payload, operation.codec, operation.payload_of)
+        return self.routine(operation.task, at, operation.groups), payload
+
+    def nbytes(self, operation: Operation, numel: int | NDArray) -> NDArray[np.float64]:
+        """Bytes that one rank puts into a routine, as `RoutineCost` counts them. Raises FileError (not measured)."""
+        elements = _ceil(numel, operation.divisor)
+        if operation.payload_of is not None:
+            return operation.rows * self.payload_nbytes(operation.payload_of, elements, operation.codec)
+        if operation.task is Task.REDUCE_SCATTER and isinstance(operation.action.at, Level):
+            ranks = self.shape.ranks(operation.action.at)
+            elements = ranks * _ceil(elements, ranks)  # padded to equal shards
+        return np.asarray(elements * self.element_bytes, dtype=float)
+
+    def payload_nbytes(self, device: Device, numel: int | NDArray, codec: int = 0) -> NDArray[np.float64]:
+        """Bytes of one payload of `numel` elements, of the same shape. Raises FileError (not measured)."""
+        return np.maximum(1.0, self._of(self._payload, codec, device)(numel))
+
+    def routine(self, task: Task, level: Level, groups: int = 1) -> Curve:
+        """Seconds of a routine over the bytes that one rank puts in. Raises FileError (not measured)."""
+        ranks = self.shape.ranks(level)
+        curve = self._routines.get((task, level, ranks, groups))
+        if curve is None:
+            at_once = f" in {groups} groups at once" if groups > 1 else ""
+            raise FileError(
+                f"cluster profile: {task}.{level} was not measured with {ranks} ranks{at_once}; "
+                f"measure it with `{ClusterProfile.MADE_BY}`"
+            )
+        return curve
+
+    def comm(self, task: Task, level: Level, nbytes: float) -> float:
+        """Seconds of a routine into which one rank puts `nbytes`. Raises FileError (not measured)."""
+        return float(self.routine(task, level)(nbytes))
+
+    def has(self, option: Option) -> bool:
+        """Whether all routines of the option were measured."""
+        return all(
+            (op.task, op.action.at, self.shape.ranks(op.action.at), op.groups) in self._routines
+            for op in operations(option, 0, self.shape)
+            if isinstance(op.action.at, Level)
+        )
+
+    def _of(self, curves: dict[tuple[int, Device], Curve], codec: int, device: Device) -> Curve:
+        if (codec, device) not in curves:
+            measured = ", ".join(sorted(place for number, place in curves if number == codec)) or "none"
             raise FileError(
                 f"compressor profile: device {str(device)!r} was not measured (measured: {measured}); "
                 f"measure it with `{CompressorProfile.MADE_BY}`"
             )
-        return self._codecs[device]
+        return curves[codec, device]
 
 
-_SENT = {
-    Task.ALLREDUCE: lambda world: 2 * (world - 1) / world,
-    Task.REDUCE_SCATTER: lambda world: (world - 1) / world,
-    Task.ALLGATHER: lambda world: world - 1,
-    Task.ALLTOALL: lambda world: (world - 1) / world,
-    Task.REDUCE: lambda world: (world - 1) / world,
-    Task.GATHER: lambda world: (world - 1) / world,
-    Task.BROADCAST: lambda world: (world - 1) / world,
-}
-"""Mean bytes sent per rank, over the bytes that one rank puts in, as a function of the number of ranks."""
-
-
-def _between(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """The straight line through the two samples around x (the two nearest where x is outside), at least two samples."""
-    right = min(max(bisect_left(xs, x), 1), len(xs) - 1)
-    left = right - 1
-    return ys[left] + (ys[right] - ys[left]) * (x - xs[left]) / (xs[right] - xs[left])
-
-
-def _line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    return _between(xs, ys, x) if len(xs) > 1 else ys[0] * x / xs[0]
-
-
-def undisturbed(nbytes: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...]:
-    """The samples of a routine with those that stick out by over a quarter lowered to the line between their neighbours.
-
-    Disturbances only ever add time, and a routine's curve has no peaks: a sample in the middle that costs much more than its
-    neighbours suggest was disturbed, and would scare the planner away from that size.
-    """
-    kept = list(seconds)
-    for place in range(1, len(kept) - 1):
-        line = _between(nbytes[place - 1 :: 2][:2], (kept[place - 1], kept[place + 1]), nbytes[place])
-        if kept[place] > 1.25 * line:
-            kept[place] = line
-    return tuple(kept)
-
-
-def _codec_seconds(numels: Sequence[int], seconds: Sequence[float], numel: int) -> float:
-    """Between samples a straight line; below the first its time (overhead rules there); above the last in proportion."""
-    if numel <= numels[0]:
-        return seconds[0]
-    if numel >= numels[-1]:
-        return seconds[-1] * numel / numels[-1]
-    return _between(numels, seconds, numel)
-
-
-def _check_samples(where: str, xs: Sequence[int], *columns: Sequence[float]) -> None:
-    if not xs or any(len(column) != len(xs) for column in columns):
-        lengths = ", ".join(str(len(column)) for column in (xs, *columns))
-        raise FileError(f"{where}: sample columns have lengths {lengths}, which must be equal and not 0; measure again")
-    if any(after <= before for before, after in pairwise(xs)):
-        raise FileError(f"{where}: sample sizes {list(xs)} do not ascend; measure again")
+def _ceil(numel: int | NDArray, divisor: int) -> int | NDArray:
+    return -(-numel // divisor)

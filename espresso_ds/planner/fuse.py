@@ -6,57 +6,81 @@ the step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
-from ..core.option import UNCOMPRESSED, Option
+from ..core.option import UNCOMPRESSED
 from ..core.profile import ModelTrace
-from .cost import Costs
-from .decide import ROUNDING
-from .timeline import Unit, iteration_time
+from .limits import Limits
+from .menu import Choice
+from .timeline import Unit
+from .trials import ROUNDING, Trials
+
+PLAIN = Choice(UNCOMPRESSED)
+
+BUCKETS = tuple(2**power for power in range(14, 29))
+"""Least numbers of elements in a unit that are tried."""
 
 
-def singles(trace: ModelTrace, option: Option = UNCOMPRESSED) -> list[Unit]:
+def singles(trace: ModelTrace, choice: Choice = PLAIN) -> list[Unit]:
     """A unit for every tensor, in the order of the trace."""
-    return [Unit.of(trace, index, index + 1, option) for index in range(len(trace.tensors))]
+    return [Unit.of(trace, index, index + 1, *choice) for index in range(len(trace.tensors))]
 
 
-def buckets(trace: ModelTrace, numel: int, option: Option = UNCOMPRESSED) -> list[Unit]:
-    """Units that close once they have `numel` elements or the dtype changes; the last takes what is left."""
-    units, start, filled = [], 0, 0
+def buckets(trace: ModelTrace, numel: int, exact: Collection[int] = ()) -> list[tuple[int, int]]:
+    """Runs of tensors (start, stop) that close once they have `numel` elements; the last takes what is left.
+
+    They also close where the dtype changes, and between tensors that are never compressed (`exact`) and others.
+    """
+    runs, start, filled = [], 0, 0
     for index, tensor in enumerate(trace.tensors):
-        if filled and tensor.dtype != trace.tensors[index - 1].dtype:
-            units.append(Unit.of(trace, start, index, option))
+        before = trace.tensors[index - 1]
+        if index > start and (tensor.dtype != before.dtype or (index in exact) != (index - 1 in exact)):
+            runs.append((start, index))
             start, filled = index, 0
         filled += tensor.numel
         if filled >= numel:
-            units.append(Unit.of(trace, start, index + 1, option))
+            runs.append((start, index + 1))
             start, filled = index + 1, 0
-    if filled:
-        units.append(Unit.of(trace, start, len(trace.tensors), option))
-    return units
+    if start < len(trace.tensors):
+        runs.append((start, len(trace.tensors)))
+    return runs
 
 
-def fuse(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> list[Unit]:
-    """Merge neighbours of equal option and dtype as long as F(S) does not get worse.
+def partitions(trace: ModelTrace, exact: Collection[int] = ()) -> list[list[tuple[int, int]]]:
+    """The different ways in which BUCKETS cut the trace, from the finest."""
+    found = [buckets(trace, numel, exact) for numel in BUCKETS]
+    return [runs for place, runs in enumerate(found) if runs not in found[:place]]
+
+
+def fuse(trials: Trials, limits: Limits) -> None:
+    """Merge neighbours, in place, as long as F(S) does not get worse; both then go as the one or as the other did.
 
     Greedy, from the first unit to the last, again until nothing changes. A merge that leaves F(S) as it is counts as a gain: it
     spares a collective call, whose cost to the processor the model does not know.
-
-    Raises:
-        FileError: a cost was not measured.
     """
-    merged = list(units)
-    time = iteration_time(merged, trace, costs)
     changed = True
     while changed:
-        changed, index = False, 0
-        while index + 1 < len(merged):
-            left, right = merged[index], merged[index + 1]
-            if (left.option, left.dtype) == (right.option, right.dtype):
-                trial = [*merged[:index], Unit.of(trace, left.start, right.stop, left.option), *merged[index + 2 :]]
-                trial_time = iteration_time(trial, trace, costs)
-                if trial_time <= time * (1 + ROUNDING):
-                    merged, time, changed = trial, min(time, trial_time), True
-                    continue
-            index += 1
-    return merged
+        changed = False
+        places = trials.places
+        left = places[0]
+        for right in places[1:]:
+            if _merged(trials, limits, left, right):
+                changed = True
+            left = right
+
+
+def _merged(trials: Trials, limits: Limits, left: int, right: int) -> bool:
+    a, b = trials.at(left), trials.at(right)
+    if a.dtype != b.dtype:
+        return False
+    most = trials.time * (1 + ROUNDING)
+    best, chosen = most, -1
+    for choice in {trials.choice(right), trials.choice(left)}:
+        if limits.allow_merged(trials, left, right, choice):
+            time = trials.time_merged(left, right, choice, best)
+            if time <= best:
+                best, chosen = time, choice
+    if chosen < 0:
+        return False
+    trials.merge(left, right, chosen)
+    return True

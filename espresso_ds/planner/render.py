@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +17,7 @@ from rich.text import Text
 from ..core.errors import FileError, nearest
 from ..core.option import UNCOMPRESSED, Option
 from ..core.plan import Plan, TensorDecision
-from .cost import Resource
+from .cost import LINKS, Resource
 from .timeline import Span, Timeline
 
 _COLOURS = {
@@ -27,8 +29,12 @@ _COLOURS = {
     "communicate, uncompressed": "#c0392b",
     "communicate, compressed": "#2e8b57",
 }
-_ROWS = (Resource.COMPUTE, Resource.CPU, Resource.LINK)
-_ROW_NAMES = {Resource.COMPUTE: "compute", Resource.CPU: "codec on CPU", Resource.LINK: "link"}
+_ROW_NAMES = {
+    Resource.COMPUTE: "compute",
+    Resource.CPU: "codec on CPU",
+    Resource.INTRA: "link inside node",
+    Resource.INTER: "link between nodes",
+}
 
 
 def explain(plan: Plan, name: str | None = None) -> RenderableType:
@@ -50,7 +56,9 @@ def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
         path: where to, such as timeline.png.
     """
     with matplotlib.rc_context({"font.size": 10, "svg.fonttype": "none"}):
-        shown = {title: [row for row in _ROWS if any(s.resource is row for s in line.spans)] for title, line in timelines.items()}
+        shown = {
+            title: [row for row in Resource if any(s.resource is row for s in line.spans)] for title, line in timelines.items()
+        }
         heights = [len(rows) for rows in shown.values()]
         figure = Figure(figsize=(12, 1.1 + sum(0.45 * rows + 0.75 for rows in heights)), layout="constrained")
         panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -92,7 +100,7 @@ def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
 def _kind(span: Span, packed: set[tuple[int, float]]) -> str:
     if span.unit < 0:
         return span.action
-    if span.resource is not Resource.LINK:
+    if span.resource not in LINKS:
         return "compress" if span.action.startswith("C.") else "decompress"
     return "communicate, compressed" if (span.unit, span.start_s) in packed else "communicate, uncompressed"
 
@@ -105,7 +113,7 @@ def _packed_units(timeline: Timeline) -> set[tuple[int, float]]:
             compressed.add(span.unit)
         elif span.action.startswith("D."):
             compressed.discard(span.unit)
-        elif span.resource is Resource.LINK and span.unit in compressed:
+        elif span.resource in LINKS and span.unit in compressed:
             packed.add((span.unit, span.start_s))
     return packed
 
@@ -118,14 +126,32 @@ def _verdict(plan: Plan) -> Text:
         return Text(
             f"Compression pays: {_seconds(p.planned_s)} a step instead of {_seconds(p.stock_s)} "
             f"({p.stock_s / p.planned_s:.2f}x); "
-            f"{len(compressed)} of {len(plan.tensors)} tensors are compressed with {plan.compressor.name}.",
+            f"{len(compressed)} of {len(plan.tensors)} tensors are compressed with {_codecs(plan, compressed)}. "
+            f"{_certificate(plan)}",
             style="bold green",
         )
     return Text(
         f"Nothing is compressed. Overlapped with backward, a step takes {_seconds(p.planned_s)} instead of {_seconds(p.stock_s)} "
-        f"({p.stock_s / p.planned_s:.2f}x); without any synchronisation it would take {_seconds(p.compute_s)}.",
+        f"({p.stock_s / p.planned_s:.2f}x); without any synchronisation it would take {_seconds(p.compute_s)}. "
+        f"{_certificate(plan)}",
         style="bold yellow",
     )
+
+
+def _certificate(plan: Plan) -> str:
+    """How far the best of all strategies can be away."""
+    if plan.predicted.gap < 5e-4:
+        return "No strategy is faster."
+    least = _seconds(plan.predicted.lower_bound_s)
+    return f"No strategy is faster than {least}: this plan is within {plan.predicted.gap:.1%} of the best."
+
+
+def _codecs(plan: Plan, compressed: list[TensorDecision]) -> str:
+    """The codecs in use, with the number of their tensors where there are several."""
+    used = Counter(tensor.codec for tensor in compressed)
+    if len(used) == 1:
+        return plan.compressors[next(iter(used))].label
+    return "; ".join(f"{plan.compressors[codec].label} ({count})" for codec, count in sorted(used.items()))
 
 
 def _summary(plan: Plan) -> Table:
@@ -137,11 +163,15 @@ def _summary(plan: Plan) -> Table:
         ("DeepSpeed as it is", p.stock_s, p.uncompressed_bytes),
         ("uncompressed, overlapped", p.uncompressed_s, p.uncompressed_bytes),
         ("this plan", p.planned_s, p.planned_bytes),
-        ("no synchronisation (bound)", p.compute_s, 0),
+        ("if compression took no time", p.free_compression_s, 0),
+        ("lower bound of all strategies", p.lower_bound_s, 0),
+        ("no synchronisation", p.compute_s, 0),
     )
     for label, time, sent in rows:
         style = "bold" if label == "this plan" else None
-        table.add_row(label, _seconds(time), f"{p.stock_s / time:.2f}x" if time else "", _bytes(sent), style=style)
+        table.add_row(
+            label, _seconds(time), f"{p.stock_s / time:.2f}x" if time else "", _bytes(sent) if sent else "", style=style
+        )
     return table
 
 
@@ -177,6 +207,8 @@ def _one_tensor(plan: Plan, name: str) -> Table:
     table.add_column(overflow="fold")
     shape = " x ".join(map(str, tensor.shape)) or "scalar"
     table.add_row("shape", f"{shape}, {tensor.numel:,} elements of {tensor.dtype}")
+    if _is_compressed(tensor):
+        table.add_row("codec", plan.compressors[tensor.codec].label)
     table.add_row("option", tensor.option + (" (uncompressed allreduce)" if Option.parse(tensor.option) == UNCOMPRESSED else ""))
     table.add_row(
         "unit", f"{tensor.unit} (of 0 to {plan.tensors[-1].unit})" + (f", with {', '.join(with_it)}" if with_it else ", alone")
@@ -204,3 +236,18 @@ def _bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def explain_path(timeline: Timeline) -> Table:
+    """What the step's end waits for, for rich's console: the critical path, consecutive work of one kind summed up."""
+    table = Table(box=box.SIMPLE_HEAD, title="What the step waits for (critical path)", title_justify="left")
+    for column in ("from", "for", "what", "of"):
+        table.add_column(column, justify="right" if column in ("from", "for") else "left", overflow="fold")
+    for (resource, action), spans in groupby(timeline.critical_path, key=lambda span: (span.resource, span.action)):
+        run = list(spans)
+        names = list(dict.fromkeys(span.name for span in run if span.name))
+        of = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
+        seconds = sum(span.end_s - span.start_s for span in run)
+        what = action if resource is Resource.COMPUTE and not names else f"{action} on {_ROW_NAMES[resource]}"
+        table.add_row(_seconds(run[0].start_s), _seconds(seconds), what, of)
+    return table

@@ -1,111 +1,129 @@
-"""The whole decision: which tensors share a buffer, and which option each buffer gets.
+"""The whole decision: which tensors share a buffer, and which choice each buffer gets.
 
 Fusing changes what compression is worth and compression changes what fusing is worth, so that neither can simply go first.
-Algorithm 1 on single tensors pays a latency for every small one, and options that differ between neighbours keep them from being
+Algorithm 1 on single tensors pays a latency for every small one, and choices that differ between neighbours keep them from being
 fused. Fusing first, on the slow uncompressed timeline, makes buffers so large that, once compressed, they can no longer hide
-under the backward. Hence a few starts, each improved by Algorithm 1 and then fused, of which the one with the least F(S) is kept
-and improved again until it gains no more:
+under the backward. Hence a few starts, each improved and fused in turn, of which the one with the least F(S) is kept and improved
+again until it gains no more:
 
-    single   every tensor by itself, uncompressed: Algorithm 1 as published
-    fused    the best plan of allreduces alone
-    buckets  tensors gathered up to a size, for each of BUCKETS; once uncompressed, once with the one option that suits best
+    published  every tensor by itself: Algorithms 1 and 2, so that the plan is never worse than theirs
+    buckets    tensors gathered up to a size, for each of fuse.BUCKETS, all with one of the UNIFORM choices that load the busiest
+               resource least; the best few of these
 
 All is deterministic; of equal plans the first is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
-from ..core.option import UNCOMPRESSED, Option
+import numpy as np
+
 from ..core.profile import ModelTrace
-from .cost import Costs
-from .decide import ROUNDING, decide, drop_idle, spare
-from .fuse import buckets, fuse, singles
-from .timeline import Unit, iteration_time
+from .cost import Resource
+from .decide import algorithm_1
+from .fuse import fuse, partitions, singles
+from .improve import descend, drop_idle
+from .limits import Limits
+from .menu import NO_CODEC, Chosen, Menu
+from .offload import algorithm_2
+from .timeline import Unit
+from .trials import ROUNDING, Trials
 
-BUCKETS = tuple(2**power for power in range(14, 29))
-"""Least numbers of elements in a unit that are tried."""
-
-WORTHWHILE = 0.01
-"""Least share of the uncompressed step that compression must save: less is within the noise of any step time, and it is lossy."""
+UNIFORM = 4
+"""Choices that are tried for all units at once, besides the uncompressed ones."""
+STARTS = 6
+"""Bucket starts that are improved."""
 
 Progress = Callable[[str, int, int], None]
 
 
-def plan_uncompressed(trace: ModelTrace, costs: Costs) -> list[Unit]:
-    """The fastest plan found in which all tensors are allreduced, overlapped with backward and fused. Raises FileError."""
-    starts = min(partitions(trace), key=lambda units: iteration_time(units, trace, costs))
-    ways = (fuse(singles(trace), trace, costs), fuse(starts, trace, costs))
-    return min(ways, key=lambda units: iteration_time(units, trace, costs))
+def published(trace: ModelTrace, menu: Menu, limits: Limits) -> Trials:
+    """E's strategy: Algorithm 1 over the options on the tensor's own device, then Algorithm 2; every tensor by itself."""
+    units = singles(trace, menu.choices[_plain(trace, menu)])
+    return algorithm_2(algorithm_1(units, menu.on_device, trace, menu, limits), menu)
 
 
-def plan_compressed(
-    options: Sequence[Option],
+def best_plan(
     trace: ModelTrace,
-    costs: Costs,
-    uncompressed: Sequence[Unit],
-    thrift: float = 0.0,
+    menu: Menu,
+    limits: Limits | None = None,
     progress: Progress = lambda stage, done, total: None,
+    fused: bool = True,
 ) -> list[Unit]:
-    """The fastest plan found, which is `uncompressed` itself unless compression saves WORTHWHILE of its step time.
-
-    The plan may be slower than that by the share `thrift`, for fewer compressed tensors.
+    """The fastest plan found; never slower than `published`.
 
     Args:
-        options: candidates for every unit.
         trace: tensors in the order of the wire.
-        costs: what actions cost.
-        uncompressed: what `plan_uncompressed` gave.
-        thrift: share of the step that is given for leaving uncompressed what compression helps least.
+        menu: the choices for every unit.
+        limits: what the plan must keep to.
         progress: called with (what is tried, starts done, all starts).
-
-    Raises:
-        FileError: a cost was not measured.
+        fused: whether tensors may share a buffer.
     """
-    best, best_s = list(uncompressed), iteration_time(uncompressed, trace, costs)
-    limit = best_s * (1 - WORTHWHILE)
-    if trace.compute_s >= limit:
-        return best  # even synchronisation that takes no time would not be worth it
-    starts = list(_starts(options, trace, costs, uncompressed))
-    for done, start in enumerate(starts):
-        progress(f"planning in {len(start)} units", done, len(starts))
-        units, time = _round(start, options, trace, costs)
-        if time < best_s:
-            best, best_s = units, time
-    while True:
-        units, time = _round(best, options, trace, costs)
-        if time >= best_s * (1 - ROUNDING):
-            break
-        best, best_s = units, time
-    if best_s > limit:
-        return list(uncompressed)
-    return fuse(spare(best, trace, costs, min(limit, best_s * (1 + thrift))), trace, costs)
+    limits = limits or Limits(trace, menu)
+    progress("planning", 0, STARTS + 2)
+    found = [published(trace, menu, limits)]
+    starts = uniform_plans(trace, menu, limits)[:STARTS] if fused else []
+    for done, trials in enumerate(starts):
+        progress(f"planning in {len(trials.units)} units", done + 1, STARTS + 2)
+        found.append(_improve(trials, menu, limits, fused))
+    best = min(found, key=lambda trials: trials.time)
+    before = float("inf")
+    while best.time < before * (1 - ROUNDING):
+        before = best.time
+        best = _improve(Trials(best.units, trace, menu), menu, limits, fused)
+    return best.units
 
 
-def _round(units: Sequence[Unit], options: Sequence[Option], trace: ModelTrace, costs: Costs) -> tuple[list[Unit], float]:
-    """Algorithm 1, then fuse; the units and their F(S)."""
-    decided = drop_idle(decide(units, options, trace, costs), trace, costs)
-    fused = fuse(decided, trace, costs)
-    return fused, iteration_time(fused, trace, costs)
+def best_uncompressed(trace: ModelTrace, menu: Menu) -> list[Unit]:
+    """The fastest plan found that compresses nothing, overlapped with backward and fused."""
+    limits = Limits(trace, menu, exact=range(len(trace.tensors)))
+    starts = [Trials(singles(trace, menu.choices[_plain(trace, menu)]), trace, menu), *uniform_plans(trace, menu, limits)[:2]]
+    found = [_improve(trials, menu, limits, True) for trials in starts]
+    return min(found, key=lambda trials: trials.time).units
 
 
-def partitions(trace: ModelTrace) -> Iterator[list[Unit]]:
-    """The different ways in which BUCKETS cut the trace, uncompressed, from the finest."""
-    last = None
-    for numel in BUCKETS:
-        units = buckets(trace, numel)
-        if units != last:
-            yield units
-        last = units
+def _improve(trials: Trials, menu: Menu, limits: Limits, fused: bool) -> Trials:
+    descend(trials, menu, limits)
+    drop_idle(trials, menu)
+    if fused:
+        fuse(trials, limits)
+    return trials
 
 
-def _starts(options: Sequence[Option], trace: ModelTrace, costs: Costs, uncompressed: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
-    yield singles(trace)
-    yield uncompressed
-    for units in partitions(trace):
-        yield units
-        uniform = [[Unit.of(trace, unit.start, unit.stop, option) for unit in units] for option in options]
-        best = min(uniform, key=lambda plan: iteration_time(plan, trace, costs))
-        if best[0].option != UNCOMPRESSED:
-            yield best
+def uniform_plans(trace: ModelTrace, menu: Menu, limits: Limits) -> list[Trials]:
+    """Every partition of the trace with its best choice for all units at once that may be compressed, fastest first."""
+    plain, *others = least_loaded(trace, menu)
+    plans = []
+    for runs in partitions(trace, limits.exact):
+        trials = Trials([Unit.of(trace, start, stop, *menu.choices[plain]) for start, stop in runs], trace, menu)
+        free = [place for place in trials.places if not limits.is_exact(trials.at(place))]
+        numel = sum(trials.at(place).numel for place in free)
+        best, chosen = trials.time, plain
+        for choice in others:
+            if limits.fit(numel, choice):
+                time = trials.time_with_all([(place, choice) for place in free], best)
+                if time < best:
+                    best, chosen = time, choice
+        trials.replace_all([(place, chosen) for place in free])
+        plans.append(trials)
+    return sorted(plans, key=lambda trials: trials.time)
+
+
+def least_loaded(trace: ModelTrace, menu: Menu) -> list[int]:
+    """The choices that, given to the whole model as one buffer, load the busiest resource least; uncompressed ones first."""
+    numel = sum(tensor.numel for tensor in trace.tensors)
+
+    def ranked(choices: Chosen) -> list[int]:
+        load = menu.weigh(numel, choices)[:, : len(Resource)] + [trace.backward_s, 0.0, 0.0, 0.0]
+        return choices[np.argsort(load.max(axis=1), kind="stable")].tolist()
+
+    front = menu.front(numel)
+    return [*ranked(menu.uncompressed)[:2], *ranked(front[menu.codec[front] != NO_CODEC])[:UNIFORM]]
+
+
+def _plain(trace: ModelTrace, menu: Menu) -> int:
+    """The uncompressed choice that is best for all tensors at once, each by itself."""
+    choices = menu.uncompressed.tolist()
+    trials = Trials(singles(trace, menu.choices[choices[0]]), trace, menu)
+    return min(choices, key=lambda choice: trials.time_with_all([(place, choice) for place in trials.places]))

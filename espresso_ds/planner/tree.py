@@ -1,6 +1,6 @@
-"""The flat part of the option tree: every way to synchronise one tensor over one level of the network (E 4.2, figure 8).
+"""The option tree: every way to synchronise one tensor (E 4.2, figure 8).
 
-With d devices on which each compression and decompression may run, the paths from "gradient ready" to "gradient averaged" are
+With d devices for each compression and decompression, the flat paths from "gradient ready" to "gradient averaged" are
 
     AR                                                      1
     RS AG | RD BC                                           2
@@ -10,55 +10,71 @@ With d devices on which each compression and decompression may run, the paths fr
     C A2A D AG | C GA D BC                                  2 d^2
     C A2A D C AG D | C GA D C BC D                          2 d^4
 
-which is 12 for d = 1 and 63 for d = 2.
+which is 12 for d = 1 and 63 for d = 2. Hierarchical paths nest such a scheme between nodes into a divisible one inside the node:
+162 and 4278. Both come from the edges in `core.option.moves`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import product
+from fnmatch import fnmatchcase
+from functools import lru_cache
 
-from ..core.option import Device, Option
-
-_PATHS = (
-    "AR",
-    "RS AG",
-    "RD BC",
-    "RS C AG D",
-    "RD C BC D",
-    "C AG D",
-    "C A2A AG D",
-    "C GA BC D",
-    "C A2A D AG",
-    "C GA D BC",
-    "C A2A D C AG D",
-    "C GA D C BC D",
-)
-_SUMMABLE_PATHS = ("C AR D",)
+from ..core.config import Constraints
+from ..core.errors import FileError, nearest
+from ..core.option import START, Action, Device, Level, Option, State, Task, moves
 
 
-def flat_options(devices: Sequence[Device]) -> tuple[Option, ...]:
-    """All flat options of the paper's tree: 12 with one device, 63 with two. Uncompressed allreduce comes first.
+@lru_cache(maxsize=64)
+def option_tree(devices: tuple[Device, ...], summable: bool = False) -> tuple[Option, ...]:
+    """All options, shortest first: 174 with one device, 4341 with two (E's |C_gpu| and |C|). Uncompressed allreduce comes first.
 
     Args:
-        devices: where compressions and decompressions may run; the order of the result follows theirs.
+        devices: where compressions and decompressions may run.
+        summable: with the options that sum payloads in an allreduce, which are not in the paper's tree.
     """
-    return tuple(_placed(_PATHS, devices))
+    found: list[tuple[Action, ...]] = []
+
+    def grow(path: tuple[Action, ...], state: State) -> None:
+        if state.ends:
+            found.append(path)
+        for (task, level), after in moves(state, summable):
+            for place in devices if level is None else (level,):
+                grow((*path, Action(task, place)), after)
+
+    grow((), START)
+    return tuple(sorted(map(Option, found), key=lambda option: len(option.actions)))
 
 
-def summable_options(devices: Sequence[Device]) -> tuple[Option, ...]:
-    """`C AR D`: allreduce of payloads that may be added up, d^2 options.
+def allowed(options: Iterable[Option], constraints: Constraints, nodes: int, ranks_per_node: int) -> tuple[Option, ...]:
+    """The options that a cluster of this shape has and that the user's constraints leave.
 
-    Not in the paper, whose indivisible routine for compressed tensors is allgather. Codecs whose payloads are sums' payloads
-    (casts, RandomK with a shared seed) gain a routine whose traffic does not grow with the number of ranks.
+    Hierarchical options need several nodes of several ranks.
+
+    Raises:
+        FileError: a constraint names what does not exist, or leaves no option.
     """
-    return tuple(_placed(_SUMMABLE_PATHS, devices))
+    flat_only = constraints.flat_only or nodes == 1 or ranks_per_node == 1
+    words = {str(word) for word in (*Task, *Device, *Level)}
+    for word in constraints.forbid:
+        if not set(word.split(".")) <= words:
+            raise FileError(f"constraints: forbid has {word!r}, which is no action, task or place{nearest(word, words)}")
+    banned = set(constraints.forbid)
+    most = constraints.max_compressions
+    left = tuple(
+        option
+        for option in options
+        if (not flat_only or option.levels == {Level.FLAT})
+        and (most is None or option.compressions <= most)
+        and not any({str(action), str(action.task), str(action.at)} & banned for action in option.actions)
+    )
+    if not any(not option.compresses for option in left):
+        raise FileError(
+            f"constraints: forbid {list(constraints.forbid)} leaves no way to send a tensor uncompressed; remove one of them"
+        )
+    return left
 
 
-def _placed(paths: Iterable[str], devices: Sequence[Device]) -> Iterable[Option]:
-    """Each path with every choice of devices for its codec tasks, all routines at level flat."""
-    for path in paths:
-        words = path.split()
-        for places in product(devices, repeat=sum(word in "CD" for word in words)):
-            place = iter(places)
-            yield Option.parse(" ".join(f"{word}.{next(place) if word in 'CD' else 'flat'}" for word in words))
+def is_exact(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a tensor's name matches one of the patterns of tensors that are never compressed."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

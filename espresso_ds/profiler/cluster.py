@@ -17,35 +17,35 @@ from pathlib import Path
 import torch
 
 from ..core.errors import EspressoError, FileError, SyncError
-from ..core.option import Level
 from ..core.profile import ClusterProfile, Link, RoutineCost
 from ..core.progress import print_progress
 from ..runtime.routines import ROUTINES
 from .fit import fit_line
 from .link_contention import measure_link_contention
 from .measure import QUICK, THOROUGH, Effort, Progress, measure
-from .probes import Buffers, largest, link_pairs, link_probe, one_way, routine_probe
+from .probes import Buffers, largest, link_pairs, link_probe, one_way, routine_probe, scopes
 from .rendezvous import Ranks, joined
 
 _TIMEOUT_S = 120.0
 
 
 def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress, threads: int | None = None) -> ClusterProfile:
-    """Measure the routines over all ranks and the links; called by all ranks together, which get the same profile.
+    """Measure the routines at every level and the links; called by all ranks together, which get the same profile.
 
     Raises:
         SyncError: an operation failed or ran past the deadline; other ranks then fail too.
     """
     buffers = Buffers(ranks)
     pairs = link_pairs(ranks)
-    probes = [routine_probe(task, ranks, buffers) for task in ROUTINES]
+    cells = [(scope, task) for scope in scopes(ranks) for task in ROUTINES]
+    probes = [routine_probe(task, scope, ranks, buffers) for scope, task in cells]
     probes += [link_probe(level, pair, ranks, buffers) for level, pair in pairs.items()]
     try:
         contention = measure_link_contention(ranks, threads or torch.get_num_threads())
         measured = measure(probes, effort, lambda seconds: largest(ranks, list(seconds)), progress)
     except RuntimeError as error:  # torch's one kind for everything that may go wrong between ranks
         raise SyncError(f"measuring failed: {error}") from error
-    links = {level: one_way(times) for level, times in zip(pairs, measured[len(ROUTINES) :], strict=True)}
+    links = {level: one_way(times) for level, times in zip(pairs, measured[len(cells) :], strict=True)}
     return ClusterProfile(
         backend=ranks.backend,
         hosts=ranks.hosts,
@@ -55,13 +55,14 @@ def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress, threads: i
         routines=tuple(
             RoutineCost(
                 routine=task,
-                level=Level.FLAT,
-                ranks=ranks.world_size,
+                level=scope.level,
+                ranks=scope.size,
+                groups=scope.groups,
                 nbytes=tuple(times),
                 seconds=tuple(times.values()),
                 **fit_line(list(times), list(times.values()))._asdict(),
             )
-            for task, times in zip(ROUTINES, measured, strict=False)
+            for (scope, task), times in zip(cells, measured, strict=False)
         ),
     )
 

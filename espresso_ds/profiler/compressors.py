@@ -1,5 +1,5 @@
-"""Micro-benchmark of one codec: encode and decode seconds by tensor size, and what codec work costs the computing beside it
-(E 4.4).
+"""Micro-benchmark of codecs: encode and decode seconds by tensor size, what codec work costs the computing beside it (E 4.4), and
+what the codec loses.
 
 What is timed is what the runtime will call: `Feedback.encode` and `Codec.decode_add`, nothing around them. In training a
 tensor's residual was last touched a step ago and has left the cache. So every timed call takes the next of several tensors,
@@ -22,10 +22,11 @@ from espresso_ds.compressors.base import Codec
 from espresso_ds.compressors.registry import make
 from espresso_ds.core.config import CompressorSettings
 from espresso_ds.core.option import Device
-from espresso_ds.core.profile import CodecTimes, CompressorProfile
+from espresso_ds.core.profile import CodecProfile, CodecTimes, CompressorProfile
 from espresso_ds.feedback import Feedback
 
 from .computing import calibrate, multiply
+from .relative_error import relative_error
 
 SMALLEST, LARGEST = 1 << 8, 1 << 24
 _POOL = 1 << 23
@@ -41,7 +42,7 @@ def geometric_sizes(largest: int = LARGEST) -> tuple[int, ...]:
 
 
 def profile_compressors(
-    settings: CompressorSettings,
+    settings: Sequence[CompressorSettings],
     sizes: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     repeats: int = 9,
@@ -49,10 +50,10 @@ def profile_compressors(
     threads: int | None = None,
     barrier: Callable[[], None] = lambda: None,
 ) -> CompressorProfile:
-    """Time one codec, on the CPU and, where gradients live on an accelerator, on that too.
+    """Profile codecs one after the other, on the CPU and, where gradients live on an accelerator, on that too.
 
     Args:
-        settings: codec and its feedback.
+        settings: each codec and its feedback: at least one, the one asked for before the alternatives to it.
         sizes: elements per tensor, in any order; `geometric_sizes()` if not given.
         device: where gradients live.
         repeats: timed calls per size, at least 1.
@@ -61,15 +62,40 @@ def profile_compressors(
         barrier: joins the ranks of one host that measure at the same time, so that they are in each other's way as in training.
 
     Raises:
-        FileError: the settings describe no codec.
-        ValueError: a size or `repeats` is below 1.
+        FileError: some settings describe no codec; said before anything is measured.
+        ValueError: a size or `repeats` is below 1, or there are no settings.
     """
-    codec, device = make(settings), torch.device(device)
+    codecs, device = list(map(make, settings)), torch.device(device)
     wanted = tuple(sorted(set(geometric_sizes() if sizes is None else sizes)))
-    if not wanted or wanted[0] < 1 or repeats < 1:
-        raise ValueError(f"sizes {wanted} and repeats {repeats} must be positive")
-    report = progress or (lambda fraction, what: None)
+    if not codecs or not wanted or wanted[0] < 1 or repeats < 1:
+        raise ValueError(f"{len(codecs)} codecs, sizes {wanted} and repeats {repeats} must be positive")
     kinds = [torch.device("cpu"), *([device] if device.type != "cpu" else [])]
+    threads = threads or torch.get_num_threads()
+    profiles = []
+    for number, (codec, chosen) in enumerate(zip(codecs, settings, strict=True)):
+
+        def report(fraction: float, what: str, number: int = number) -> None:
+            if progress is not None:
+                progress((number + fraction) / len(codecs), what)
+
+        times = _profile_times(codec, chosen, wanted, kinds, repeats, report, threads, barrier)
+        error, summable = relative_error(codec), codec.sum_dtype is not None
+        profiles.append(CodecProfile(compressor=chosen, summable=summable, relative_error=error, devices=times))
+        report(1.0, f"{chosen.name}: done")
+    return CompressorProfile(codecs=tuple(profiles))
+
+
+def _profile_times(
+    codec: Codec,
+    settings: CompressorSettings,
+    wanted: tuple[int, ...],
+    kinds: list[torch.device],
+    repeats: int,
+    report: Callable[[float, str], None],
+    threads: int,
+    barrier: Callable[[], None],
+) -> tuple[CodecTimes, ...]:
+    """Seconds of one codec on every device, for the sizes `wanted`, ascending."""
     share = sum(wanted) + LARGEST / 4  # of one device; measuring contention takes about as long as timing 4M elements
     times = []
     for number, kind in enumerate(kinds):
@@ -82,7 +108,7 @@ def profile_compressors(
             encode.append(encode_s)
             decode.append(decode_s)
         report((number + sum(wanted) / share) / len(kinds), f"{settings.name} on {kind.type}: beside computing")
-        delay = measure_contention(codec, threads or torch.get_num_threads(), barrier, settings.feedback == "ef", kind)
+        delay = measure_contention(codec, threads, barrier, settings.feedback == "ef", kind)
         times.append(
             CodecTimes(
                 device=Device.CPU if kind.type == "cpu" else Device.GPU,
@@ -93,8 +119,7 @@ def profile_compressors(
                 contention=delay,
             )
         )
-    report(1.0, f"{settings.name}: done")
-    return CompressorProfile(compressor=settings, summable=codec.sum_dtype is not None, devices=tuple(times))
+    return tuple(times)
 
 
 def measure_contention(

@@ -1,4 +1,4 @@
-"""`espresso profile compressors` on every rank: all ranks of the cluster run the codec at once, and the slowest counts.
+"""`espresso profile compressors` on every rank: all ranks of the cluster run each codec at once, and the slowest counts.
 
 Ranks that share a host's cores and memory then measure what they will get in training. Started over MPI by the command line.
 """
@@ -9,8 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch.distributed as dist
+from pydantic import Field, TypeAdapter
 
 from ..core.config import CompressorSettings
 from ..core.errors import EspressoError, FileError
@@ -20,6 +22,7 @@ from .compressors import geometric_sizes, profile_compressors
 from .rendezvous import joined
 
 _TIMEOUT_S = 120.0
+_SETTINGS: TypeAdapter[list[CompressorSettings]] = TypeAdapter(Annotated[list[CompressorSettings], Field(min_length=1)])
 
 
 def slowest(profiles: list[CompressorProfile]) -> CompressorProfile:
@@ -34,8 +37,11 @@ def slowest(profiles: list[CompressorProfile]) -> CompressorProfile:
             }
         )
 
-    devices = [longest(list(times)) for times in zip(*(profile.devices for profile in profiles), strict=True)]
-    return profiles[0].model_copy(update={"devices": tuple(devices)})
+    codecs = []
+    for same in zip(*(profile.codecs for profile in profiles), strict=True):
+        devices = tuple(longest(list(times)) for times in zip(*(codec.devices for codec in same), strict=True))
+        codecs.append(same[0].model_copy(update={"devices": devices}))
+    return profiles[0].model_copy(update={"codecs": tuple(codecs)})
 
 
 def sizes_of(trace: ModelTrace) -> list[int]:
@@ -49,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; returns the exit status. Rank 0 prints `@progress` lines and writes the profile."""
     parser = argparse.ArgumentParser(prog="python -m espresso_ds.profiler.compressors_mpi")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where rank 0 writes the compressor profile")
-    parser.add_argument("--compressor", required=True, help="settings as JSON")
+    parser.add_argument("--compressors", required=True, help="list of settings as JSON")
     parser.add_argument("--trace", type=Path, help="model trace whose tensor sizes and thread count to measure with")
     arguments = parser.parse_args(argv)
     try:
         try:
-            settings = CompressorSettings.model_validate_json(arguments.compressor)
+            settings = _SETTINGS.validate_json(arguments.compressors)
         except ValueError as error:
-            raise FileError(f"--compressor {arguments.compressor}: {error}") from None
+            raise FileError(f"--compressors {arguments.compressors}: {error}") from None
         trace = ModelTrace.load(arguments.trace) if arguments.trace else None
         with joined(None, _TIMEOUT_S) as ranks:
             profile = profile_compressors(

@@ -27,6 +27,8 @@ class Probe:
     name: str
     sizes: tuple[int, ...]
     run: Callable[[int, int], float]
+    weight: float = 1.0
+    """Of the effort's `grow_below_s` and `row_s`, how much this one is worth."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,14 @@ def people_bytes(nbytes: int) -> str:
 
 def _find_sizes(probe: Probe, effort: Effort, agree: Agree) -> list[_Cell]:
     cells: list[_Cell] = []
+    grow_below_s, row_s = probe.weight * effort.grow_below_s, probe.weight * effort.row_s
     for nbytes in probe.sizes:
         (seconds,) = agree([probe.run(nbytes, 1)])
-        if seconds >= effort.grow_below_s:  # once more: a hiccup must not end the growth
+        if seconds >= grow_below_s:  # once more: a hiccup must not end the growth
             (again,) = agree([probe.run(nbytes, 1)])
             seconds = min(seconds, again)
-        count = max(1, min(effort.longest_row, int(effort.row_s / seconds)))
+        count = max(1, min(effort.longest_row, int(row_s / seconds)))
         cells.append(_Cell(probe, nbytes, seconds, count))
-        if seconds >= effort.grow_below_s and len(cells) >= 2:
+        if seconds >= grow_below_s and len(cells) >= 2:
             break
     return cells

@@ -1,9 +1,10 @@
-"""What is measured on a cluster: every routine of the options over all ranks, a link inside a node, a link between nodes."""
+"""What is measured on a cluster: every routine of the options at every level, a link inside a node, a link between nodes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,22 +19,64 @@ _SMALLEST = 256
 _LARGEST = {Task.ALLREDUCE: 64 * _MIB, Task.REDUCE_SCATTER: 64 * _MIB}
 _LARGEST_OTHER = 16 * _MIB
 _MOST_GATHERED = 256 * _MIB  # memory for all rows of an allgather or gather
+_COARSE_BELOW = 64 * _KIB
+_GROUP_WEIGHT = 1 / 3  # there are three times as many routines within levels as over all ranks
 _ACK_NBYTES = 64  # the smallest message of a link, and the answer to every message
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The ranks between which routines run: groups of one level, all at once. As one rank sees it."""
+
+    level: Level
+    name: str
+    group: torch.distributed.ProcessGroup
+    size: int
+    """Ranks of one group."""
+    rank: int
+    """This rank within its group."""
+    groups: int
+    """How many of the groups share a node's network card."""
+    joins: bool = True
+    """Whether this rank's group runs the routines; else it stands by."""
+
+
+def scopes(ranks: Ranks) -> list[Scope]:
+    """All ranks; then, where there are several nodes of several ranks, those of a node, and one of every node in two ways.
+
+    Of the two kinds of groups between nodes, one has the groups of all local ranks at work, as after a reduce-scatter or alltoall
+    inside the nodes, the other only that of the nodes' first ranks, as after a reduce or gather. The roots of groups at work
+    together are on one node.
+    """
+    flat = Scope(Level.FLAT, "", ranks.group, ranks.world_size, ranks.rank, 1)
+    if not ranks.levels:
+        return [flat]
+    local, nodes = ranks.ranks_per_node, len(ranks.hosts)
+    node, inter = ranks.rank // local, ranks.levels[Level.INTER]
+    return [
+        flat,
+        Scope(Level.INTRA, "inside nodes", ranks.levels[Level.INTRA], local, ranks.local_rank, 1),
+        Scope(Level.INTER, "between nodes, all ranks", inter, nodes, node, local),
+        Scope(Level.INTER, "between nodes, one rank each", inter, nodes, node, 1, joins=ranks.local_rank == 0),
+    ]
 
 
 class Buffers:
     """Memory of one rank, touched once and shared by all probes. Zeros stay zeros however often they are summed."""
 
     def __init__(self, ranks: Ranks) -> None:
-        sizes = {task: routine_sizes(task, ranks.world_size) for task in routines.ROUTINES}
-        given = max(max(each) for each in sizes.values())
-        gathered = max(sizes[task][-1] for task in (Task.ALLGATHER, Task.GATHER)) * ranks.world_size
+        sizes = {(scope.size, task): scope_sizes(task, scope)[-1] for scope in scopes(ranks) for task in routines.ROUTINES}
+        given = max(sizes.values())
+        gathered = max(world * nbytes for (world, task), nbytes in sizes.items() if task in (Task.ALLGATHER, Task.GATHER))
         self.given = torch.empty(given, dtype=torch.uint8, device=ranks.device).zero_()
         self.taken = torch.empty(max(given, gathered), dtype=torch.uint8, device=ranks.device).zero_()
 
 
-def routine_sizes(task: Task, world: int) -> tuple[int, ...]:
-    """Sizes in bytes of what one rank puts in, ascending by factors of 4 and divisible into `world` aligned rows."""
+def routine_sizes(task: Task, world: int, coarse_below: int = 0) -> tuple[int, ...]:
+    """Sizes in bytes of what one rank puts in, ascending and divisible into `world` aligned rows.
+
+    The next is 4 times as large, or 16 times below `coarse_below` bytes.
+    """
     largest = _LARGEST.get(task, _LARGEST_OTHER)
     if task in (Task.ALLGATHER, Task.GATHER):
         largest = min(largest, _MOST_GATHERED // world)
@@ -41,27 +84,33 @@ def routine_sizes(task: Task, world: int) -> tuple[int, ...]:
     sizes, nbytes = set(), _SMALLEST
     while nbytes <= largest:
         sizes.add(-(-nbytes // row) * row)
-        nbytes *= 4
+        nbytes *= 16 if nbytes < coarse_below else 4
     return tuple(sorted(sizes))
 
 
-def routine_probe(task: Task, ranks: Ranks, buffers: Buffers) -> Probe:
-    """One routine over all ranks, as the runtime starts it and waits for it: sums of float32, rows of bytes.
+def scope_sizes(task: Task, scope: Scope) -> tuple[int, ...]:
+    """Sizes of a routine: between all ranks every one, in other groups fewer where latency rules, to save time."""
+    return routine_sizes(task, scope.size, coarse_below=0 if scope.level is Level.FLAT else _COARSE_BELOW)
+
+
+def routine_probe(task: Task, scope: Scope, ranks: Ranks, buffers: Buffers) -> Probe:
+    """One routine in every group of a scope, as the runtime starts it and waits for it: sums of float32, rows of bytes.
 
     In a row, roots rotate, as they do from unit to unit in training. One root could run ahead of the others, and the mean would
     lack the latency.
     """
-    start = _starter(task, ranks, buffers)
+    start = _starter(task, scope, buffers)
 
     def run(nbytes: int, count: int) -> float:
         _align(ranks)
         begin = time.perf_counter()
-        for number in range(count):
-            start(nbytes, number % ranks.world_size).wait(ranks.timeout_s)
+        for number in range(count if scope.joins else 0):
+            start(nbytes, number % scope.size).wait(ranks.timeout_s)
         _settle(ranks)
         return (time.perf_counter() - begin) / count
 
-    return Probe(task.name.lower(), routine_sizes(task, ranks.world_size), run)
+    weight = 1.0 if scope.level is Level.FLAT else _GROUP_WEIGHT
+    return Probe(f"{task.name.lower()} {scope.name}".strip(), scope_sizes(task, scope), run, weight)
 
 
 def link_pairs(ranks: Ranks) -> dict[Level, tuple[int, int]]:
@@ -111,9 +160,9 @@ def largest(ranks: Ranks, seconds: list[float]) -> list[float]:
     return x.tolist()
 
 
-def _starter(task: Task, ranks: Ranks, buffers: Buffers) -> Callable[[int, int], routines.Started]:
+def _starter(task: Task, scope: Scope, buffers: Buffers) -> Callable[[int, int], routines.Started]:
     """The routine as a function of the bytes that one rank puts in and of the root."""
-    group, world, here = ranks.group, ranks.world_size, ranks.rank
+    group, world, here = scope.group, scope.size, scope.rank
     given, taken = buffers.given, buffers.taken
 
     def floats(buffer: Tensor, nbytes: int) -> Tensor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import psutil
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..core.errors import MismatchError, SyncError, UnsupportedError
+from ..core.option import Level
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CONNECT_S = 3.0
@@ -35,11 +36,31 @@ class Ranks:
     hosts: tuple[str, ...]
     ranks_per_node: int
     timeout_s: float
+    levels: Mapping[Level, dist.ProcessGroup] = field(default_factory=dict)
+    """This rank's groups inside its node and across the nodes; empty where `members` is."""
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return len(self.hosts) * self.ranks_per_node
+
+    @property
+    def local_rank(self) -> int:
+        """Number of this rank among those of its node."""
+        return self.rank % self.ranks_per_node
+
+    def members(self) -> dict[Level, list[int]]:
+        """Ranks of this rank's group of either level: those of its node, and those with its local rank on every node.
+
+        Empty where there is one node, or one rank on each: every group would then be all ranks, or a single one.
+        """
+        if len(self.hosts) == 1 or self.ranks_per_node == 1:
+            return {}
+        first = self.rank - self.local_rank
+        return {
+            Level.INTRA: list(range(first, first + self.ranks_per_node)),
+            Level.INTER: list(range(self.local_rank, self.world_size, self.ranks_per_node)),
+        }
 
 
 @contextmanager
@@ -73,10 +94,22 @@ def joined(backend: str | None, timeout_s: float) -> Iterator[Ranks]:
     try:
         group = dist.group.WORLD
         assert group is not None
-        yield Ranks(group, rank, backend, device, hosts, per_node, timeout_s)
+        ranks = Ranks(group, rank, backend, device, hosts, per_node, timeout_s)
+        yield replace(ranks, levels=_level_groups(ranks, timeout))
         _leave(store, rank, world, "group")
     finally:
         dist.destroy_process_group()
+
+
+def _level_groups(ranks: Ranks, timeout: timedelta) -> dict[Level, dist.ProcessGroup]:
+    """The groups of `Ranks.levels`, with the backend of all. Only the members of a group meet for it. Raises SyncError."""
+    try:
+        return {
+            level: dist.new_group(members, timeout, ranks.backend, use_local_synchronization=True)
+            for level, members in ranks.members().items()
+        }
+    except RuntimeError as error:  # as above
+        raise SyncError(f"ranks of a node, or of one of every node, did not meet: {error}") from error
 
 
 def layout(names: Sequence[str]) -> tuple[tuple[str, ...], int]:

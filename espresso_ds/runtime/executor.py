@@ -33,13 +33,25 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
+class Compressor:
+    """A codec, its error memory and the seed of its random choices. Several may share a memory: every unit has its own sites."""
+
+    codec: Codec
+    feedback: Feedback
+    seed: int
+
+
+@dataclass(frozen=True)
 class Unit:
-    """Tensors that travel as one buffer: `numel` elements in all, `label` for people, `index` its place in the plan."""
+    """Tensors that travel as one buffer: `numel` elements in all, `index` its place in the plan, `label` its name for people and
+    for its residuals, `codec` which of the executor's compressors it uses, if its option compresses.
+    """
 
     index: int
     label: str
     numel: int
     option: Option
+    codec: int = 0
 
     @property
     def steps(self) -> int:
@@ -50,6 +62,7 @@ class Unit:
 @dataclass
 class _State:
     x: Tensor
+    compressor: Compressor
     seed: int
     shard: slice | None = None  # None: the unit is whole
     rows: Tensor | None = None  # uint8, (rows, stride); None: the unit is dense
@@ -60,16 +73,18 @@ class _State:
 
 
 class Executor:
-    """Runs options over the ranks of `groups[0]`; `groups[k]` carries the k-th communication step of every unit."""
+    """Runs options over the ranks of `groups[0]`; `groups[k]` carries the k-th communication step of every unit.
 
-    def __init__(
-        self, codec: Codec, feedback: Feedback, groups: Sequence[ProcessGroup], wire_dtype: torch.dtype, seed: int
-    ) -> None:
-        self._codec = codec
-        self._feedback = feedback
+    Args:
+        compressors: what units choose from, alike on all ranks.
+        groups: at least as many as any unit has communication steps.
+        wire_dtype: of what is sent uncompressed.
+    """
+
+    def __init__(self, compressors: Sequence[Compressor], groups: Sequence[ProcessGroup], wire_dtype: torch.dtype) -> None:
+        self._compressors = compressors
         self._groups = groups
         self._wire_dtype = wire_dtype
-        self._seed = seed
         self.rank = groups[0].rank()
         self.world = groups[0].size()
 
@@ -89,8 +104,9 @@ class Executor:
                 past `unit.numel` must be zero.
             step: counts optimizer steps, equal on all ranks.
         """
-        seed = (self._seed + (step * 2**20 + unit.index) * _SEED_MIX) % 2**63
-        state = _State(x, seed)
+        compressor = self._compressors[unit.codec]
+        seed = (compressor.seed + (step * 2**20 + unit.index) * _SEED_MIX) % 2**63
+        state = _State(x, compressor, seed)
         lane, root = 0, unit.index % self.world
         for number, action in enumerate(unit.option.actions):
             with torch.profiler.record_function(f"espresso/{action}/{unit.label}"):
@@ -113,13 +129,14 @@ class Executor:
         extent = state.shard or slice(0, state.x.numel())
         state.targets = self._shards(state.x) if per_shard else [extent]
         numel = state.targets[0].stop - state.targets[0].start
-        nbytes = self._codec.payload_nbytes(numel)
+        codec, feedback = state.compressor.codec, state.compressor.feedback
+        nbytes = codec.payload_nbytes(numel)
         device = torch.device("cpu") if on_host else state.x.device
         rows = torch.empty(len(state.targets), padded(nbytes), dtype=torch.uint8, device=device)
         for number, target in enumerate(state.targets if state.present else ()):
             site = f"{unit.label}/{state.compressions}/{number}"
             x = state.x[target].to(device)
-            self._feedback.encode(self._codec, x, rows[number, :nbytes], state.seed + state.compressions, site)
+            feedback.encode(codec, x, rows[number, :nbytes], state.seed + state.compressions, site)
         state.rows = rows.to(state.x.device)
         state.compressions += 1
 
@@ -127,14 +144,14 @@ class Executor:
         assert state.rows is not None
         x = state.x.cpu() if on_host else state.x
         rows = state.rows.cpu() if on_host else state.rows
-        fresh = set()
+        codec, fresh = state.compressor.codec, set()
         for row, target in zip(rows, state.targets, strict=True):
             out = x[target]
             if target.start not in fresh:
                 fresh.add(target.start)
                 out.zero_()
-            nbytes = self._codec.payload_nbytes(out.numel())
-            self._codec.decode_add(row[:nbytes], out, state.seed + state.compressions - 1)
+            nbytes = codec.payload_nbytes(out.numel())
+            codec.decode_add(row[:nbytes], out, state.seed + state.compressions - 1)
         if x is not state.x:
             state.x.copy_(x)
 
@@ -170,9 +187,10 @@ class Executor:
         count, stride = rows.shape
         shards = self._shards(state.x)
         if task is Task.ALLREDUCE:
-            assert self._codec.sum_dtype is not None
-            nbytes = self._codec.payload_nbytes(state.x.numel())
-            return routines.allreduce(rows[0, :nbytes].view(self._codec.sum_dtype), group), _nothing
+            codec = state.compressor.codec
+            assert codec.sum_dtype is not None
+            nbytes = codec.payload_nbytes(state.x.numel())
+            return routines.allreduce(rows[0, :nbytes].view(codec.sum_dtype), group), _nothing
         if task is Task.ALLGATHER:
             state.rows = rows.new_empty(self.world * count, stride)
             senders = [rank for rank in range(self.world) for _ in range(count)]

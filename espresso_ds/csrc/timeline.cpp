@@ -1,0 +1,560 @@
+// The timeline of planner/timeline.py, for the search: the same rules, event by event, without spans.
+//
+// A plan is played once; its state is kept at every unit's readiness. What one replaced unit changes comes after its own
+// readiness, so a trial starts there. It stops early where it provably cannot get below the limit, and where nothing is under
+// way in either timeline at the same unit's readiness: from there on both are the same but for a shift.
+//
+// Times are seconds from the start of backward. Compiled without contraction or fast-math: results equal Python's to the bit
+// but for that shift.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <limits>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr double INF = std::numeric_limits<double>::infinity();
+constexpr int RESOURCES = 4, CPU = 1, INTRA = 2;  // compute, CPU, link inside the node, link between nodes
+constexpr int RESPECTS = RESOURCES + 2;            // in which choices are compared
+constexpr int STEPS = 12, LANES = 5;              // an option has at most 12 actions, 4 of them routines
+
+constexpr size_t WORTH_THREADS = 4000, MOST_THREADS = 8;  // choices times units behind, from which threads pay
+
+bool is_link(int resource) { return resource >= INTRA; }
+
+struct Walk {
+    int count = 0, lanes = 0, routines = 0;
+    int8_t resource[STEPS];
+    int8_t lane[STEPS];
+    int8_t start[LANES];  // first step of each lane
+    double seconds[STEPS];
+    double load[RESOURCES] = {0, 0, 0, 0};
+    double total = 0;
+
+    Walk() = default;
+
+    Walk(int steps, const int8_t* resources, const double* durations) : count(steps) {
+        for (int step = 0; step < steps; ++step) {
+            if (step == 0 || is_link(resource[step - 1])) start[lanes++] = static_cast<int8_t>(step);
+            resource[step] = resources[step];
+            lane[step] = static_cast<int8_t>(lanes - 1);
+            seconds[step] = durations[step];
+            load[resources[step]] += durations[step];
+            total += durations[step];
+            routines += is_link(resources[step]);
+        }
+    }
+};
+
+struct Task {
+    int32_t unit = -1;
+    int32_t step = 0;
+};
+
+struct State {
+    double now = 0, progress = 0, rate = 1, synced = 0, backward_end = 0;
+    double until[RESOURCES] = {INF, INF, INF, INF};
+    double pending[RESOURCES] = {0, 0, 0, 0};  // work of ready units that has not begun
+    Task at[RESOURCES];
+    int32_t head[RESOURCES] = {0, 0, 0, 0}, tail[RESOURCES] = {0, 0, 0, 0};
+    int32_t next[LANES] = {0, 0, 0, 0, 0}, passed[LANES] = {0, 0, 0, 0, 0};
+    bool serving[LANES] = {false, false, false, false, false};
+    int32_t upcoming = 0, in_flight = 0, hidden = 0;
+    int64_t events = 0;
+};
+
+// What one playing of a plan writes, besides its state. Each thread has its own.
+struct Scratch {
+    std::vector<int64_t> stamp;        // last playing in which a unit's routine of a lane completed
+    std::vector<Task> log[RESOURCES];  // all that ever waited for a resource, in order
+    int64_t playing = 0;
+
+    explicit Scratch(int count) : stamp(static_cast<size_t>(count) * LANES, 0) {
+        for (auto& each : log) each.resize(static_cast<size_t>(count) * STEPS);
+    }
+};
+
+class Plan {
+public:
+    Plan(int count, const double* ready, double backward, double contention, double link_contention)
+        : count_(count), ready_(ready, ready + count), backward_(backward), contention_(contention), walks_(count), states_(count + 1),
+          completed_(static_cast<size_t>(count) * LANES, std::numeric_limits<int64_t>::max()), base_(count) {
+        scratches_.emplace_back(count);
+        ready_.push_back(backward);
+        for (int cpu = 0; cpu < 2; ++cpu) {
+            for (int links = 0; links < 3; ++links) {
+                rates_[0][cpu][links] = 1.0 / (1.0 + (cpu ? contention : 0.0) + links * link_contention);
+            }
+        }
+        for (int r = 0; r < RESOURCES; ++r) {
+            behind_[r].resize(count + 1);
+            upto_[r].resize(count);
+            beyond_[r].resize(count);
+            suffix_[r].resize(count + 1);
+        }
+    }
+
+    void set(int unit, const Walk& walk) {
+        walks_[unit] = walk;
+        valid_ = std::min(valid_, unit);
+    }
+
+    // End of the step's synchronisation and backward under the plan as set.
+    double end() {
+        if (valid_ < count_ || fresh_) {
+            measure();
+            fresh_ = false;
+            total_ = play<true>(base_, valid_ == 0 ? State() : states_[valid_], -1, nullptr, -1, INF);
+            valid_ = count_;
+        }
+        return total_;
+    }
+
+    // Units before this one are done before a bubble (E 4.4, Property 1).
+    int hidden() {
+        end();
+        return hidden_;
+    }
+
+    // The end with some units' walks replaced; above `limit` any value above it.
+    double attempt(int number, const int32_t* units, const Walk* walks, double limit) {
+        end();
+        int first = count_, last = 0;
+        kept_.clear();
+        for (int i = 0; i < number; ++i) {
+            first = std::min(first, units[i]);
+            last = std::max(last, units[i]);
+            kept_.push_back(walks_[units[i]]);
+            walks_[units[i]] = walks[i];
+        }
+        double result = play<false>(scratches_[0], states_[first], -1, nullptr, last, limit);
+        for (int i = number - 1; i >= 0; --i) walks_[units[i]] = kept_[i];
+        return result;
+    }
+
+    // Several single-unit attempts at once: the place of the one with the least end of at most `below`, -1 if there is none; ties
+    // go to the first place. `ranked` are (lower bound, place) in ascending order. Threads share the least end as their limit.
+    int best(int unit, const std::vector<std::pair<double, int>>& ranked, const std::vector<Walk>& walks, double below,
+             double* end) {
+        std::atomic<size_t> next{0};
+        std::atomic<double> least{below};
+        std::mutex mutex;
+        int winner = -1;
+        auto work = [&](Scratch& scratch) {
+            for (size_t index = next++; index < ranked.size(); index = next++) {
+                const auto [floor, place] = ranked[index];
+                if (floor > least.load()) break;
+                const double time = play<false>(scratch, states_[unit], unit, &walks[place], unit, least.load());
+                std::lock_guard<std::mutex> lock(mutex);
+                if (time < least || (time == least && (winner < 0 || place < winner))) {
+                    least = time;
+                    winner = place;
+                }
+            }
+        };
+        const size_t threads = ranked.size() * static_cast<size_t>(count_ - unit) < WORTH_THREADS
+                                   ? 1
+                                   : std::clamp<size_t>(std::thread::hardware_concurrency(), 1, MOST_THREADS);
+        while (scratches_.size() < threads) scratches_.emplace_back(count_);
+        std::vector<std::thread> helpers;
+        for (size_t i = 1; i < threads; ++i) helpers.emplace_back(work, std::ref(scratches_[i]));
+        work(scratches_[0]);
+        for (auto& helper : helpers) helper.join();
+        *end = least;
+        return winner;
+    }
+
+    // A lower bound of `attempt` for one unit. Whatever resource a unit needs, none of that work starts before the unit is ready,
+    // nor the work of the units behind it before they are.
+    double floor(int unit, const Walk& walk) const {
+        double least = std::max(ready_[unit] + walk.total, backward_ + suffix_[0][0] - walks_[unit].load[0] + walk.load[0]);
+        for (int r = 1; r < RESOURCES; ++r) {
+            least = std::max(least, upto_[r][unit] + (walk.load[r] - walks_[unit].load[r]));
+            least = std::max(least, beyond_[r][unit]);
+        }
+        return least;
+    }
+
+private:
+    int count_;
+    std::vector<double> ready_;
+    double backward_, contention_;
+    double rates_[2][2][3] = {};  // of backward, by whether the GPU and the CPU do codec work, and how many links are busy
+    std::vector<Walk> walks_;
+    std::vector<Walk> kept_;
+    std::vector<State> states_;  // just before each unit is ready
+    std::vector<int64_t> completed_;  // event at which a unit's routine of a lane completed, in the plan as set
+    Scratch base_;
+    std::deque<Scratch> scratches_;  // of trials
+    std::vector<double> behind_[RESOURCES], upto_[RESOURCES], beyond_[RESOURCES], suffix_[RESOURCES];
+    int valid_ = 0, hidden_ = 0;
+    bool fresh_ = true;
+    double total_ = 0;
+
+    // Work on each resource behind each unit, for the lower bounds.
+    void measure() {
+        for (int r = 0; r < RESOURCES; ++r) {
+            suffix_[r][count_] = 0;
+            for (int k = count_ - 1; k >= 0; --k) {
+                suffix_[r][k] = suffix_[r][k + 1] + walks_[k].load[r];
+                behind_[r][k] = ready_[k] + suffix_[r][k];
+            }
+            double most = 0;
+            for (int k = 0; k < count_; ++k) upto_[r][k] = most = std::max(most, behind_[r][k]);
+            most = 0;
+            for (int k = count_ - 1; k >= 0; --k) {
+                beyond_[r][k] = most;
+                most = std::max(most, behind_[r][k]);
+            }
+        }
+    }
+
+    // Play from a state on, with the walk of unit `changed` replaced, if any. Units up to `last` differ from the plan as set.
+    template <bool BASE>
+    double play(Scratch& scratch, const State& from, int changed, const Walk* walk_of_changed, int last, double limit) {
+        State s = from;
+        const int64_t playing = ++scratch.playing, before = s.events;
+        const int ready_before = s.upcoming;
+        int32_t borrowed[RESOURCES];  // queue entries before these are the base's
+        for (int r = 0; r < RESOURCES; ++r) borrowed[r] = s.tail[r];
+        auto walk_at = [&](int unit) -> const Walk& { return !BASE && unit == changed ? *walk_of_changed : walks_[unit]; };
+        const double shared = 1.0 + contention_;
+
+        auto request = [&](int unit, int step) {
+            const Walk& walk = walk_at(unit);
+            const int r = walk.resource[step];
+            if (s.at[r].unit >= 0) {
+                scratch.log[r][s.tail[r]++] = Task{unit, step};
+                return;
+            }
+            s.at[r] = Task{unit, step};
+            s.pending[r] -= walk.seconds[step];
+            s.until[r] = s.now + (r == CPU && s.upcoming <= count_ ? walk.seconds[step] * shared : walk.seconds[step]);
+        };
+        // Let the lane take units, in plan order, until one occupies it with codec work.
+        auto serve = [&](int lane) {
+            while (!s.serving[lane] && s.next[lane] < s.passed[lane]) {
+                const int unit = s.next[lane]++;
+                const Walk& walk = walk_at(unit);
+                if (lane >= walk.lanes) continue;
+                const int step = walk.start[lane];
+                request(unit, step);
+                s.serving[lane] = !is_link(walk.resource[step]);
+            }
+        };
+        auto complete = [&](int unit, int lane) {
+            const size_t place = static_cast<size_t>(unit) * LANES + lane;
+            return scratch.stamp[place] == playing || (unit < ready_before && completed_[place] <= before);
+        };
+
+        for (;;) {
+            double time = INF;
+            int unit = count_ + 1, source = -1;
+            if (s.upcoming <= count_) {
+                const double wait = ready_[s.upcoming] - s.progress;
+                if (wait <= 0) {
+                    time = s.now, unit = s.upcoming;
+                } else if (s.rate > 0) {
+                    time = s.now + (s.rate == 1 ? wait : wait / s.rate), unit = s.upcoming;
+                }
+            }
+            for (int r = 0; r < RESOURCES; ++r) {
+                if (s.until[r] < time || (s.until[r] == time && time < INF && s.at[r].unit < unit)) {
+                    time = s.until[r], unit = s.at[r].unit, source = r;
+                }
+            }
+            if (unit > count_) break;
+            if (source < 0 && unit < count_) {
+                if (BASE) states_[unit] = s;
+                if (!BASE && unit > last) {
+                    if (s.in_flight == 0 && states_[unit].in_flight == 0) {
+                        return total_ + (time - ready_at(states_[unit], unit));
+                    }
+                    if (beyond_limit(s, unit, limit, shared)) return INF;
+                }
+            }
+            s.progress += (time - s.now) * s.rate;
+            s.now = time;
+            ++s.events;
+
+            if (source < 0) {
+                if (unit == count_) {
+                    s.backward_end = s.now;
+                    if (s.at[CPU].unit >= 0) s.until[CPU] = s.now + (s.until[CPU] - s.now) / shared;
+                    ++s.upcoming;
+                } else {
+                    ++s.upcoming;
+                    const Walk& walk = walk_at(unit);
+                    if (walk.count > 0) {
+                        if (s.in_flight == 0 && s.synced > 0 && s.now > s.synced) s.hidden = unit;
+                        ++s.in_flight;
+                        for (int r = 0; r < RESOURCES; ++r) s.pending[r] += walk.load[r];
+                    }
+                    s.passed[0] = s.upcoming;
+                    serve(0);
+                }
+            } else {
+                const int step = s.at[source].step;
+                s.at[source].unit = -1;
+                s.until[source] = INF;
+                if (s.head[source] < s.tail[source]) {  // who waits came before whoever is about to ask
+                    const int32_t place = s.head[source]++;
+                    const Task task = (BASE || place >= borrowed[source] ? scratch : base_).log[source][place];
+                    request(task.unit, task.step);
+                }
+                const Walk& walk = walk_at(unit);
+                const bool more = step + 1 < walk.count;
+                const int lane = walk.lane[step];
+                if (!more) {
+                    s.synced = s.now;
+                    --s.in_flight;
+                }
+                if (is_link(source)) {
+                    const size_t place = static_cast<size_t>(unit) * LANES + lane;
+                    scratch.stamp[place] = playing;
+                    if (BASE) completed_[place] = s.events;
+                    if (lane + 1 < LANES) {
+                        int32_t& passed = s.passed[lane + 1];
+                        while (passed < s.passed[0] && (walk_at(passed).routines <= lane || complete(passed, lane))) ++passed;
+                        serve(lane + 1);
+                    }
+                } else if (more && !is_link(walk.resource[step + 1])) {
+                    request(unit, step + 1);  // the lane stays with the unit
+                } else {
+                    if (more) request(unit, step + 1);
+                    s.serving[lane] = false;
+                    serve(lane);
+                }
+            }
+            s.rate = rates_[s.at[0].unit >= 0][s.at[CPU].unit >= 0][(s.at[INTRA].unit >= 0) + (s.at[INTRA + 1].unit >= 0)];
+        }
+        if (BASE) hidden_ = s.hidden;
+        return std::max(s.backward_end, s.synced);
+    }
+
+    // When the unit of a kept state is ready, if nothing is under way.
+    double ready_at(const State& state, int unit) const {
+        return state.now + std::max(0.0, ready_[unit] - state.progress) / state.rate;
+    }
+
+    bool beyond_limit(const State& s, int unit, double limit, double shared) const {
+        if (limit == INF) return false;
+        for (int r = 0; r < RESOURCES; ++r) {
+            double left = s.pending[r] + suffix_[r][unit];
+            if (s.at[r].unit >= 0) left += (s.until[r] - s.now) / (r == CPU ? shared : 1.0);
+            if (r == 0) left += backward_ - s.progress;
+            if (s.now + left > limit * (1 + 1e-12)) return true;
+        }
+        return false;
+    }
+};
+
+// A piecewise linear function: planner/curves.py.
+struct Curve {
+    std::vector<double> x, y;
+    double slope;
+
+    double operator()(double size) const {
+        const double above = slope * std::max(0.0, size - x.back());
+        if (size >= x.back()) return y.back() + above;
+        const size_t right = std::upper_bound(x.begin(), x.end(), size) - x.begin();
+        const double rise = (y[right] - y[right - 1]) / (x[right] - x[right - 1]);
+        return rise * (size - x[right - 1]) + y[right - 1];
+    }
+};
+
+// What planner/cost.py calls an operation: its seconds are a function of the unit's number of elements.
+struct Operation {
+    int8_t resource;
+    int32_t curve;    // seconds over elements (codec work) or bytes (routines)
+    int32_t payload;  // payload bytes over elements; -1: sent as it is; -2: codec work
+    int32_t rows, divisor, padded;
+};
+
+// The choices for a unit, and what they take for units of any size.
+class Menu {
+public:
+    Menu(double element_bytes, int curves, const int32_t* points, const double* x, const double* y, const double* slopes,
+         int operations, const int32_t* fields, int choices, const int16_t* steps, const int8_t* counts)
+        : element_bytes_(element_bytes), steps_(steps, steps + static_cast<size_t>(choices) * STEPS),
+          counts_(counts, counts + choices) {
+        for (int i = 0; i < curves; ++i) {
+            curves_.push_back(Curve{{x, x + points[i]}, {y, y + points[i]}, slopes[i]});
+            x += points[i];
+            y += points[i];
+        }
+        for (int i = 0; i < operations; ++i, fields += 6) {
+            operations_.push_back(Operation{static_cast<int8_t>(fields[0]), fields[1], fields[2], fields[3], fields[4], fields[5]});
+        }
+    }
+
+    const std::vector<double>& seconds(int64_t numel) {
+        auto [place, fresh] = seconds_.try_emplace(numel);
+        if (fresh) {
+            for (const Operation& op : operations_) {
+                const int64_t elements = (numel + op.divisor - 1) / op.divisor;
+                double size = static_cast<double>(elements), times = 1;
+                if (op.payload == -2) {
+                    times = op.rows;
+                } else if (op.payload >= 0) {
+                    size = op.rows * std::max(1.0, curves_[op.payload](size));
+                } else {
+                    size = static_cast<double>((elements + op.padded - 1) / op.padded * op.padded) * element_bytes_;
+                }
+                place->second.push_back(times * curves_[op.curve](size));
+            }
+        }
+        return place->second;
+    }
+
+    Walk walk(int choice, int64_t numel) {
+        if (choice < 0) return Walk();
+        return walk(choice, seconds(numel));
+    }
+
+    Walk walk(int choice, const std::vector<double>& seconds) const {
+        int8_t resource[STEPS];
+        double duration[STEPS];
+        const int16_t* row = &steps_[static_cast<size_t>(choice) * STEPS];
+        for (int step = 0; step < counts_[choice]; ++step) {
+            resource[step] = operations_[row[step]].resource;
+            duration[step] = seconds[row[step]];
+        }
+        return Walk(counts_[choice], resource, duration);
+    }
+
+    // Adds up a choice's work on each resource, before the first routine, and after the last one.
+    void weigh(int choice, const std::vector<double>& seconds, double* value) const {
+        const int16_t* row = &steps_[static_cast<size_t>(choice) * STEPS];
+        double codec = 0;
+        bool sent = false;
+        for (int step = 0; step < counts_[choice]; ++step) {
+            const int resource = operations_[row[step]].resource;
+            value[resource] += seconds[row[step]];
+            if (is_link(resource)) {
+                if (!sent) value[RESOURCES] = codec;
+                sent = true;
+                codec = 0;
+            } else {
+                codec += seconds[row[step]];
+            }
+        }
+        value[RESOURCES + 1] = codec;
+    }
+
+private:
+    double element_bytes_;
+    std::vector<Curve> curves_;
+    std::vector<Operation> operations_;
+    std::vector<int16_t> steps_;
+    std::vector<int8_t> counts_;
+    std::unordered_map<int64_t, std::vector<double>> seconds_;
+};
+
+}  // namespace
+
+extern "C" {
+
+void* espresso_menu_new(double element_bytes, int curves, const int32_t* points, const double* x, const double* y,
+                        const double* slopes, int operations, const int32_t* fields, int choices, const int16_t* steps,
+                        const int8_t* counts) {
+    return new Menu(element_bytes, curves, points, x, y, slopes, operations, fields, choices, steps, counts);
+}
+
+void espresso_menu_free(void* menu) { delete static_cast<Menu*>(menu); }
+
+// Seconds of every operation for units of `numel` elements.
+void espresso_menu_seconds(void* menu, int64_t numel, double* seconds) {
+    const auto& found = static_cast<Menu*>(menu)->seconds(numel);
+    std::copy(found.begin(), found.end(), seconds);
+}
+
+// For each choice the six respects of `weigh`, in rows.
+void espresso_menu_weigh(void* menu, int64_t numel, int number, const int32_t* choices, double* values) {
+    const auto& seconds = static_cast<Menu*>(menu)->seconds(numel);
+    std::fill(values, values + static_cast<size_t>(number) * RESPECTS, 0.0);
+    for (int i = 0; i < number; ++i, values += RESPECTS) static_cast<Menu*>(menu)->weigh(choices[i], seconds, values);
+}
+
+// Those of the choices that no other one beats in work on every resource, before the first routine, and after the last one.
+int espresso_menu_front(void* menu, int64_t numel, int number, const int32_t* choices, double tolerance, int32_t* front) {
+    struct Point {
+        double sum;
+        int32_t choice;
+        double value[RESPECTS];
+    };
+    const auto& seconds = static_cast<Menu*>(menu)->seconds(numel);
+    std::vector<Point> points(number);
+    for (int i = 0; i < number; ++i) {
+        Point& point = points[i];
+        point = Point{0, choices[i], {}};
+        static_cast<Menu*>(menu)->weigh(choices[i], seconds, point.value);
+        for (double value : point.value) point.sum += value;
+    }
+    std::sort(points.begin(), points.end(), [](const Point& a, const Point& b) {
+        return a.sum != b.sum ? a.sum < b.sum : a.choice < b.choice;
+    });
+    std::vector<Point> kept;
+    for (const Point& point : points) {
+        const bool beaten = std::any_of(kept.begin(), kept.end(), [&](const Point& other) {
+            for (int d = 0; d < RESPECTS; ++d) {
+                if (other.value[d] > point.value[d] * (1 + tolerance)) return false;
+            }
+            return true;
+        });
+        if (!beaten) kept.push_back(point);
+    }
+    for (size_t i = 0; i < kept.size(); ++i) front[i] = kept[i].choice;
+    return static_cast<int>(kept.size());
+}
+
+void* espresso_plan_new(int count, const double* ready, double backward, double contention, double link_contention) {
+    return new Plan(count, ready, backward, contention, link_contention);
+}
+
+void espresso_plan_free(void* plan) { delete static_cast<Plan*>(plan); }
+
+// Gives a unit of `numel` elements a choice of the menu; -1: the unit does nothing.
+void espresso_plan_set(void* plan, void* menu, int unit, int64_t numel, int choice) {
+    static_cast<Plan*>(plan)->set(unit, static_cast<Menu*>(menu)->walk(choice, numel));
+}
+
+double espresso_plan_end(void* plan) { return static_cast<Plan*>(plan)->end(); }
+
+int espresso_plan_hidden(void* plan) { return static_cast<Plan*>(plan)->hidden(); }
+
+// The end with `number` units changed as by `espresso_plan_set`; any value above `limit` where it is above.
+double espresso_plan_attempt(void* plan, void* menu, int number, const int32_t* units, const int64_t* numels,
+                             const int32_t* choices, double limit) {
+    std::vector<Walk> walks;
+    for (int i = 0; i < number; ++i) walks.push_back(static_cast<Menu*>(menu)->walk(choices[i], numels[i]));
+    return static_cast<Plan*>(plan)->attempt(number, units, walks.data(), limit);
+}
+
+// The choice of those given with the least end, if that is at most `below`, else -1; ties go to the first given. `end` gets it.
+int espresso_plan_best(void* plan, void* menu, int unit, int64_t numel, int number, const int32_t* choices, double below,
+                       double* end) {
+    Plan& p = *static_cast<Plan*>(plan);
+    p.end();
+    const auto& seconds = static_cast<Menu*>(menu)->seconds(numel);
+    std::vector<std::pair<double, int>> ranked;
+    std::vector<Walk> walks;
+    for (int place = 0; place < number; ++place) {
+        walks.push_back(static_cast<Menu*>(menu)->walk(choices[place], seconds));
+        const double least = p.floor(unit, walks.back());
+        if (least <= below) ranked.emplace_back(least, place);
+    }
+    std::sort(ranked.begin(), ranked.end());
+    const int winner = p.best(unit, ranked, walks, below, end);
+    return winner < 0 ? -1 : choices[winner];
+}
+
+}  // extern "C"

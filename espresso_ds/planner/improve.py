@@ -1,0 +1,60 @@
+"""Improvement after greedy: every choice looked at again, over the whole tree, until nothing gains.
+
+Not in the paper. A choice made early can lose its worth through later ones, and Algorithm 2 offloads whole options only, while
+here each C and D of an option goes where it suits.
+"""
+
+from __future__ import annotations
+
+from .limits import Limits
+from .menu import Menu
+from .trials import ROUNDING, Trials
+
+WORTHWHILE = 1e-4
+"""Least share of the step that a further pass must have saved."""
+
+
+def descend(trials: Trials, menu: Menu, limits: Limits) -> None:
+    """Give one unit after another, largest first, the best choice of all, in place, until a pass gains next to nothing."""
+    before = float("inf")
+    while trials.time < before * (1 - WORTHWHILE):
+        before = trials.time
+        for place in by_size(trials):
+            if place < trials.hidden and not trials.at(place).option.compresses:
+                continue  # Property 1; one that is compressed may spare the backward its codec's work
+            if trials.gain_at_most(place) <= trials.time * ROUNDING:
+                continue
+            choices = limits.allowed(trials, place, menu.front(trials.at(place).numel))
+            _, choice = trials.best(place, choices, below=trials.time * (1 - ROUNDING))
+            if choice >= 0:
+                trials.replace(place, choice)
+
+
+def drop_idle(trials: Trials, menu: Menu) -> None:
+    """Send units uncompressed again, in place, whose compression no longer saves time, smallest first; F(S) does not rise."""
+    for place in reversed(by_size(trials)):
+        if trials.at(place).option.compresses:
+            _, choice = trials.best(place, menu.uncompressed, below=trials.time * (1 + ROUNDING))
+            if choice >= 0:
+                trials.replace(place, choice)
+
+
+def spare(trials: Trials, menu: Menu, limit_s: float) -> None:
+    """Send units uncompressed again, in place, while F(S) stays below `limit_s`: first those large for what compression saves.
+
+    Not in the paper: time that nobody notices is given for fewer lossy tensors.
+    """
+    compressed = [place for place in trials.places if trials.at(place).option.compresses]
+    price = {
+        place: (trials.best(place, menu.uncompressed, float("inf"))[0] - trials.time) / trials.at(place).numel
+        for place in compressed
+    }
+    for place in sorted(compressed, key=price.__getitem__):
+        _, choice = trials.best(place, menu.uncompressed, below=limit_s)
+        if choice >= 0:
+            trials.replace(place, choice)
+
+
+def by_size(trials: Trials) -> list[int]:
+    """Places in descending order of size, among equal sizes the later in backward first (see decide.py)."""
+    return sorted(trials.places, key=lambda place: (-trials.at(place).numel, -place))
