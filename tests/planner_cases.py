@@ -204,9 +204,9 @@ def costs_of(trace, cluster, codecs):
     return Costs(cluster, codecs, trace.wire_dtype)
 
 
-def menu_of(trace, cluster, codecs, constraints=Constraints()):
+def menu_of(trace, cluster, codecs, constraints=None):
     """All choices that the case has."""
-    return make_menu(trace, costs_of(trace, cluster, codecs), constraints)
+    return make_menu(trace, costs_of(trace, cluster, codecs), constraints or Constraints())
 
 
 def small_menu(trace, cluster, codecs, options):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from planner_cases import cluster_of, codecs_of, trace_of
+from planner_cases import cluster_of, codecs_of, small_menu, trace_of
 from ranks import DEADLINE_S, Ranks
 
 from espresso_ds.compressors import registry
@@ -13,7 +13,6 @@ from espresso_ds.core.config import CompressorSettings
 from espresso_ds.core.option import Option
 from espresso_ds.feedback import Feedback
 from espresso_ds.planner.chunk import best_chunk, chunked
-from espresso_ds.planner.cost import Costs
 from espresso_ds.planner.timeline import Unit, iteration_time
 from espresso_ds.runtime.executor import Compressor, Executor
 from espresso_ds.runtime.executor import Unit as RuntimeUnit
@@ -41,9 +40,11 @@ def test_chunks_cover_the_tensor_in_whole_shards(numel, chunk, world):
 def test_the_planner_cuts_large_compressed_units_where_it_pays():
     """One large tensor at the end of backward: compression, transfer and decompression follow each other unless it is cut."""
     trace = trace_of([(1 << 24, 1.0)], world=2)
-    costs = Costs(cluster_of(world=2, alpha_s=1e-4, bytes_per_s=2.4e7), codecs_of(encode=5e-9, decode=2e-9, share=0.05))
+    cluster, codecs = cluster_of(world=2, alpha_s=1e-4, bytes_per_s=2.4e7), codecs_of(encode=5e-9, decode=2e-9, share=0.05)
+    menu = small_menu(trace, cluster, codecs, ["AR.flat", GATHERED])
+    costs = menu.costs
     units = [Unit.of(trace, 0, 1, GATHERED)]
-    size = best_chunk(units, trace, costs)
+    size = best_chunk(units, trace, menu)
     assert size is not None
     whole, cut = (iteration_time(chunked(units, chunk, 2), trace, costs) for chunk in (None, size))
     serial = costs.walk(GATHERED, 1 << 24).lean
@@ -51,7 +52,7 @@ def test_the_planner_cuts_large_compressed_units_where_it_pays():
     assert cut < whole - 0.5 * serial[0][1]
     uncompressed = [dataclasses.replace(units[0], option=Option.parse("AR.flat"))]
     assert chunked(uncompressed, size, 2) == uncompressed
-    assert best_chunk(uncompressed, trace, costs) is None
+    assert best_chunk(uncompressed, trace, menu) is None
 
 
 @pytest.mark.parametrize("option", [GATHERED, DIVIDED], ids=str)

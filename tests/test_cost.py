@@ -1,6 +1,7 @@
 """What each action handles and sends, against a literal run: small arrays moved between ranks, each contribution followed."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 import pytest
 from planner_cases import cluster_of, codecs_of, nested_cluster_of
@@ -127,7 +128,7 @@ class Ranks:
 
     def allgather(self, group):
         given = [self.held[rank] for rank in group]
-        everything = sum(given, []) if isinstance(given[0], list) else total(given, disjoint=True)
+        everything = list(chain(*given)) if isinstance(given[0], list) else total(given, disjoint=True)
         for rank in group:
             self.held[rank] = list(everything) if isinstance(everything, list) else dict(everything)
         return (len(group) - 1) * size(everything)
@@ -149,7 +150,7 @@ class Ranks:
         return self._leave_to_root(group, sums, (len(group) - 1) * len(sums))
 
     def gather(self, group):
-        rows = sum((self.held[rank] for rank in group), [])
+        rows = list(chain(*(self.held[rank] for rank in group)))
         return self._leave_to_root(group, rows, size(rows) - size(self.held[group[0]]))
 
     def _leave_to_root(self, group, held, received):

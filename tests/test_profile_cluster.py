@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -316,3 +317,19 @@ def test_whole_run(tmp_path, launcher):
     shown = [told for line in out.splitlines() if (told := progress.parse_progress(line))]
     shares = [share for share, _ in shown]
     assert shares == sorted(shares) and shown[-1] == (1.0, "done")
+
+
+@pytest.mark.slow
+def test_two_emulated_hosts_of_two_ranks(tmp_path):
+    """Torch's own groups of every level, made and used by real processes on hosts of their own."""
+    rank = [sys.executable, "-m", "espresso_ds.profiler.cluster", "-o", "cluster.json", "--quick", "--backend", "gloo"]
+    mpirun = [jobs.BIN / "mpirun", "--hostfile", "{hostfile}", "-n", 4, "--map-by", "slot", "--bind-to", "none"]
+    emulate = [sys.executable, jobs.ROOT / "launch" / "emulate", "--hosts", 2, "--slots", 2, "--rate", "500mbit", "--"]
+    done = jobs.run([*emulate, *mpirun, "-x", "PYTHONPATH", *rank], cwd=tmp_path, PYTHONPATH=str(jobs.ROOT))
+    if done.returncode == 3 or shutil.which("mpirun", path=str(jobs.BIN)) is None:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout[-4000:]
+    profile = ClusterProfile.load(tmp_path / "cluster.json")
+    expected = [(Level.FLAT, 4, 1), (Level.INTRA, 2, 1), (Level.INTER, 2, 2), (Level.INTER, 2, 1)]
+    assert [(cost.level, cost.ranks, cost.groups) for cost in profile.routines] == [e for e in expected for _ in ROUTINES]
+    assert (len(profile.hosts), profile.ranks_per_node) == (2, 2)

@@ -54,6 +54,13 @@ def test_traffic_of_one_group_is_what_its_messages_carry(task, n, m):
     assert traffic(task, Layout(n, m)) == pytest.approx((nic * share, gpu * share))
 
 
+@pytest.mark.parametrize(("n", "m"), SHAPES)
+def test_the_runtimes_reduce_scatter_over_gloo_is_an_alltoall(n, m):
+    sent, share = messages(Task.ALLTOALL, n * m)
+    nic, gpu = busiest(sent, [rank // m for rank in range(n * m)])
+    assert traffic(Task.REDUCE_SCATTER, Layout(n, m), "gloo") == pytest.approx((nic * share, gpu * share))
+
+
 @pytest.mark.parametrize("task", sorted(ROUTINES))
 @pytest.mark.parametrize(("n", "g"), [(2, 2), (2, 4), (3, 2), (4, 3)])
 def test_groups_at_once_share_the_cards(task, n, g):
@@ -151,13 +158,14 @@ def test_rescaling_a_nominal_cluster_gives_the_other_nominal_cluster(shape, chan
 
 @given(measured(), st.sampled_from([1 / 64, 1 / 3, 1, 5, 100]), st.integers(1, 300))
 def test_more_bandwidth_is_never_slower_and_more_nodes_never_faster(cluster, speed, more):
-    """But for a flat alltoall that links inside nodes limit: the more nodes, the fewer of its rows stay inside."""
+    """But for flat alltoalls that links inside nodes limit: the more nodes, the fewer of their rows stay inside."""
     assume(cluster.nodes > 1)
     base, faster = rescaled(cluster, inter_speed=speed), rescaled(cluster, inter_speed=2 * speed)
     larger = rescaled(cluster, inter_speed=speed, nodes=cluster.nodes + more)
     for one, other in ((faster, base), (base, larger)):
         for quick, slow in zip(one.routines, other.routines, strict=True):
-            if other is larger and quick.routine is Task.ALLTOALL and quick.level is Level.FLAT and speed > 1:
+            pairwise = quick.routine in (Task.ALLTOALL, Task.REDUCE_SCATTER)  # which is one over gloo
+            if other is larger and pairwise and quick.level is Level.FLAT and speed > 1:
                 continue
             assert all(q <= s * (1 + 1e-12) for q, s in zip(quick.seconds, slow.seconds, strict=True))
 

@@ -31,11 +31,11 @@ class Grammar:
         self.pack, self.unpack = ([f"{task}.{device}" for device in devices] for task in "CD")
         self.summable = summable
 
-    def after_packing(self, *tails):
-        return [f"{c} {tail}" for c in self.pack for tail in sum(tails, [])]
+    def after_packing(self, tails):
+        return [f"{c} {tail}" for c in self.pack for tail in tails]
 
-    def after_unpacking(self, *tails):
-        return [f"{d} {tail}".strip() for d in self.unpack for tail in sum(tails, [])]
+    def after_unpacking(self, tails):
+        return [f"{d} {tail}".strip() for d in self.unpack for tail in tails]
 
     def close(self, second):
         """A dense tensor and the last routine."""

@@ -1,8 +1,8 @@
 """What-if curves: with a step whose crossings are known by algebra, and the command with the planner itself."""
 
-import argparse
 import json
 import math
+import shutil
 
 import pytest
 from hypothesis import given
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from planner_cases import codecs_of, trace_of
 from rich.console import Console
 
+from espresso_ds.cli import parser
 from espresso_ds.core.errors import EspressoError, FileError
 from espresso_ds.core.option import Level, Task
 from espresso_ds.core.plan import Prediction
@@ -176,22 +177,17 @@ def files(tmp_path):
     return [word for flag, name in named for word in (flag, str(tmp_path / name))]
 
 
-def command(*arguments):
-    from espresso_ds.commands import what_if
-
-    parser = argparse.ArgumentParser()
-    what_if.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["what-if", *map(str, arguments)])
+def command(*arguments, name="what-if"):
+    args = parser().parse_args([name, *map(str, arguments)])
     args.run(args)
 
 
 @pytest.mark.parametrize(
-    "axis", [["--bandwidth", "10mbit..1gbit", "--points", "3"], ["--nodes", "1..4"], ["--bandwidth", ".5..2"]]
+    "axis", [["--bandwidth", "10mbit..1gbit", "--points", "3"], ["--nodes", "1..4", "--hierarchical"], ["--bandwidth", ".5..2"]]
 )
 def test_the_command_plans_for_every_point(files, tmp_path, capsys, axis):
     command(*files, *axis, "--json", "--picture", tmp_path / "p.png")
-    shown = capsys.readouterr().out
-    found = WhatIf.read(json.loads(shown[shown.index("{\n") :]), "printed")
+    found = WhatIf.read(json.loads(capsys.readouterr().out), "printed")
     times = [point.predicted for point in found.points]
     assert all(p.compute_s <= p.lower_bound_s * (1 + 1e-9) and p.lower_bound_s <= p.planned_s * (1 + 1e-9) for p in times)
     assert all(p.planned_s <= p.stock_s * (1 + 1e-9) for p in times)
@@ -214,6 +210,23 @@ def test_the_command_plans_for_every_point(files, tmp_path, capsys, axis):
 def test_wrong_arguments_are_one_clear_line(files, wrong, fault):
     with pytest.raises(EspressoError, match=fault):
         command(*files, *wrong)
+
+
+def test_a_plan_is_enough_where_its_profiles_lie_beside_it(files, tmp_path, capsys):
+    """And what its block asks for is kept to: here no tensor may be compressed."""
+    (tmp_path / "ds.json").write_text(json.dumps({"espresso": {"constraints": {"max_compressions": 0}}}))
+    command("--ds-config", tmp_path / "ds.json", *files, "-o", tmp_path / "plan.json", name="plan")
+    beside = tmp_path / "plan.profiles"
+    beside.mkdir()
+    for flag, file in zip(files[::2], files[1::2], strict=True):
+        shutil.copy(file, beside / f"{flag[2:]}.json")
+    capsys.readouterr()
+    shown = []
+    for start in ([tmp_path / "plan.json"], files):
+        command(*start, "--bandwidth", "10mbit..20mbit", "--points", 2, "--json")
+        shown.append(WhatIf.read(json.loads(capsys.readouterr().out), "printed").points[0].predicted)
+    bound, free = shown
+    assert bound.planned_bytes == bound.uncompressed_bytes > 2 * free.planned_bytes
 
 
 def test_files_that_are_missing_are_named(files):

@@ -2,7 +2,8 @@
 
     python -m benchmarks.planner [--parts paper,gaps] [--out benchmarks/results/planner.json]
 
-Parts that are not run keep what the file has of them. The paper's models and testbeds are read from `shared/` beside the checkout.
+Parts that are not run keep what the file has of them. The paper's models and testbeds are read from `shared/`, beside the
+checkout.
 """
 
 from __future__ import annotations

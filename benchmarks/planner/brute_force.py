@@ -1,7 +1,8 @@
 """How often the search finds the optimum: random small instances against the best of all their plans.
 
 Every tensor is a unit of its own in all of them, since the optimum over fused units is another question. A plan is optimal if no
-plan is faster by more than SAME of its step time. The first ENUMERATED instances of six tensors are cut to three and also solved
+plan is faster by more than SAME of its step time. Where that takes too long to prove, it is only shown that none is faster by
+NEAR; such an instance counts in "within 1%" alone. The first ENUMERATED instances of six tensors are cut to three and also solved
 by trying all plans in the reference timeline, without any bound.
 """
 
@@ -25,7 +26,7 @@ from espresso_ds.planner.timeline import Unit, iteration_time
 from .exact import library, optimum
 from .random_cases import KINDS, random_case
 
-SAME = 1e-6
+SAME, NEAR = 1e-6, 0.01
 INSTANCES = 500
 """Of each kind."""
 ENUMERATED = 10
@@ -46,11 +47,15 @@ def run() -> dict[str, Any]:
 
 
 def solve(kind: str, seed: int) -> dict[str, float]:
-    """F(S) of both searches and of the optimum, in seconds."""
+    """F(S) in seconds of both searches and of the fastest plan known, and a proven lower bound of all plans."""
     trace, menu = random_case(KINDS[kind], seed)
     by_algorithms = iteration_time(published(trace, menu, Limits(trace, menu)).units, trace, menu.costs)
     planned = iteration_time(best_plan(trace, menu, fused=False), trace, menu.costs)
     best = optimum(trace, menu, min(by_algorithms, planned) * (1 - SAME / 10))
+    bound_s = best.time_s
+    if not best.proven:
+        nearly = optimum(trace, menu, best.time_s / (1 + NEAR))
+        bound_s = nearly.time_s if nearly.proven else 0.0
     if best.units is not None:
         again = iteration_time(best.units, trace, menu.costs)
         assert abs(again / best.time_s - 1) < 1e-9, f"{kind}, seed {seed}: {again} by the reference, {best.time_s} natively"
@@ -58,24 +63,23 @@ def solve(kind: str, seed: int) -> dict[str, float]:
         "seed": seed,
         "published": by_algorithms,
         "planned": planned,
-        "optimum": best.time_s,
-        "played": best.played,
-        "bounded": best.bounded,
+        "fastest": best.time_s,
+        "bound": bound_s,
         "proven": best.proven,
     }
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Shares of the instances whose optimum is proven; the others are only counted."""
+    """What the instances come to. "optimal" is a share of those whose optimum is proven, "within 1%" of all."""
     proven = [row for row in rows if row["proven"]]
-    found: dict[str, Any] = {"instances": len(rows), "proven": len(proven), "played": sum(row["played"] for row in rows)}
+    found: dict[str, Any] = {"instances": len(rows), "proven": len(proven)}
     for way in WAYS:
-        excess = sorted((row[way] / row["optimum"] - 1, row["seed"]) for row in proven)
+        excess = sorted((row[way] / row["fastest"] - 1, row["seed"]) for row in rows)
         found[way] = {
-            "optimal": statistics.mean(share <= SAME for share, _ in excess),
-            "within_1_percent": statistics.mean(share <= 0.01 for share, _ in excess),
+            "optimal": statistics.mean(row[way] <= row["fastest"] * (1 + SAME) for row in proven),
+            "within_1_percent": statistics.mean(row[way] <= row["bound"] * (1 + NEAR) * (1 + SAME) for row in rows),
             "worst": excess[-1][0],
-            "worst_seeds": [seed for share, seed in excess[::-1][:10] if share > 0.01],
+            "worst_seeds": [seed for share, seed in excess[::-1][:10] if share > NEAR],
         }
     return found
 
@@ -92,7 +96,7 @@ def enumerated(seed: int) -> float:
 def tables(result: dict[str, Any]) -> Iterator[Table]:
     """One row for each kind and search."""
     table = Table(title="Against the optimum, single-tensor units", title_justify="left")
-    for column in ("instances", "search", "proven", "optimal", "within 1%", "worst"):
+    for column in ("instances", "search", "proven", "optimal", "within 1%", "worst seen"):
         table.add_column(column, justify="left" if column in ("instances", "search") else "right")
     for kind, found in result["kinds"].items():
         for way in WAYS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from ctypes import byref, c_double, c_int32, c_int64
 from functools import cache
 from pathlib import Path
@@ -18,8 +17,8 @@ from espresso_ds.planner.menu import STEPS, Choice, Menu
 from espresso_ds.planner.timeline import Unit
 
 SOURCE = Path(__file__).with_name("exact.cpp")
-BUDGET = 20_000_000
-"""Plans that are played at most, some 20 s."""
+BUDGET = 5_000_000
+"""Plans that are played at most, some 3 s."""
 
 
 class Optimum(NamedTuple):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import NamedTuple
 
 from espresso_ds.core.option import Device, Option
 from espresso_ds.core.profile import CompressorProfile, Link, ModelTrace
-from espresso_ds.planner.cost import Costs
-from espresso_ds.planner.menu import Choice, Menu
+from espresso_ds.planner.cost import Costs, Shape
+from espresso_ds.planner.menu import Catalogue, Choice, Menu
 from espresso_ds.planner.routine_models import nominal_cluster
-from espresso_ds.planner.timeline import Unit, iteration_time
 from espresso_ds.planner.tree import option_tree
 
 NUMELS = tuple(2**power for power in range(8, 27, 2))
@@ -45,7 +45,7 @@ def random_case(kind: Kind, seed: int) -> tuple[ModelTrace, Menu]:
     nodes, gpus = rng.choice([2, 4, 8]), rng.choice([2, 4])
     cluster = nominal_cluster(nodes, gpus, _link(rng, 1e-5, 1e-4, 5e9, 1e11), _link(rng, 5e-5, 5e-4, 2e8, 1e10))
     costs = Costs(cluster, _codec(rng))
-    menu = Menu([Choice(option) for option in kind.options], costs)
+    menu = Menu(_catalogue(kind.options, costs.shape), costs)
     sizes = [int(2 ** rng.uniform(12, 24)) for _ in range(kind.tensors)]
     gaps = [rng.expovariate(1.0) for _ in range(kind.tensors)]
     plain = Option.parse("RS.intra AR.inter AG.intra")
@@ -53,6 +53,11 @@ def random_case(kind: Kind, seed: int) -> tuple[ModelTrace, Menu]:
     scale = sent_s * 0.2 * 15 ** rng.random() / sum(gaps)
     ready = [sum(gaps[: number + 1]) * scale for number in range(kind.tensors)]
     return _trace(sizes, ready, nodes, gpus), menu
+
+
+@cache
+def _catalogue(options: tuple[Option, ...], shape: Shape) -> Catalogue:
+    return Catalogue([Choice(option) for option in options], shape)
 
 
 def _link(rng: random.Random, least_s: float, most_s: float, slowest: float, fastest: float) -> Link:
@@ -105,8 +110,3 @@ def _trace(sizes: list[int], ready: list[float], nodes: int, gpus: int) -> Model
         },
         "random instance",
     )
-
-
-def plan_time(units: list[Unit], trace: ModelTrace, menu: Menu) -> float:
-    """F(S) by the reference timeline."""
-    return iteration_time(units, trace, menu.costs)

@@ -1,8 +1,9 @@
 """How long planning takes: evaluations per second, plans of the paper's models, and growth up to 10,000 tensors.
 
 Times are medians of REPEATS in one process on one thread, from profiles in memory, each with a menu of its own: "menu" is to look
-up what all 4341 options cost, "search" is the plan. The paper's times are of its own search on its own machine. To compare machines
-and days, each is also given in units of a fixed piece of work, plain Python arithmetic, timed between the repeats.
+up what the 4341 options' operations cost, "search" is the plan. The tree itself, made once for a cluster's shape, is timed apart.
+The paper's times are of its own search on its own machine. To compare machines and days, each is also given in units of a fixed
+piece of work, plain Python arithmetic, timed between the repeats.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from rich.progress import track
 from rich.table import Table
 
 from espresso_ds.planner.baselines import byteps_compress
+from espresso_ds.planner.cost import Shape, operations
 from espresso_ds.planner.player import player
 from espresso_ds.planner.search import best_plan
+from espresso_ds.planner.tree import option_tree
 
-from .testbeds import ALL, Case, menu_of, mixture_of_experts, trace_of
+from .testbeds import ALL, Case, catalogue, menu_of, mixture_of_experts, trace_of
 
 REPEATS = 5
 PAPER_MS = {"vgg16": 17, "resnet101": 179, "bert": 125, "gpt2": 99}
@@ -40,10 +43,23 @@ def fixed_work() -> float:
 def run() -> dict[str, Any]:
     """Measure all three."""
     return {
+        "tree_s": tree_time(),
         "evaluations_per_s": evaluations(),
         "plans": [plan_time(case) for case in track(ALL, "plan times")],
         "growth": [fresh(count) for count in track((None, *GROWTH), "growth")],
     }
+
+
+def tree_time() -> float:
+    """Median seconds to make the tree and to follow its options over 8 nodes of 8 GPUs."""
+    times = []
+    for _ in range(REPEATS):
+        for cached in (option_tree, operations, catalogue):
+            cached.cache_clear()
+        began = time.perf_counter()
+        catalogue(Shape(8, 8))
+        times.append(time.perf_counter() - began)
+    return median(times)
 
 
 def evaluations() -> dict[str, float]:
@@ -98,7 +114,9 @@ def fresh(tensors: int | None) -> dict[str, Any]:
 
 def grown(tensors: int | None) -> dict[str, Any]:
     """Seconds and bytes of ResNet101's plan, or of a mixture of experts of so many tensors."""
-    trace = trace_of(GROWTH_CASE.model, GROWTH_CASE.testbed) if tensors is None else mixture_of_experts(tensors, GROWTH_CASE.testbed)
+    trace = (
+        trace_of(GROWTH_CASE.model, GROWTH_CASE.testbed) if tensors is None else mixture_of_experts(tensors, GROWTH_CASE.testbed)
+    )
     menu = menu_of(GROWTH_CASE)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
@@ -118,8 +136,17 @@ def grown(tensors: int | None) -> dict[str, Any]:
 def tables(result: dict[str, Any]) -> Iterator[Table]:
     """Plan times, then growth."""
     rates = ", ".join(f"{rate:,.0f} {name}" for name, rate in result["evaluations_per_s"].items())
-    table = Table(title=f"Plan times; evaluations a second of 314 tensors: {rates}", title_justify="left")
-    for column in ("testbed", "model", "codec", "menu, ms", "search, ms", "paper's, ms", "search / paper's", "search / fixed work"):
+    table = Table(title=f"Plan times; tree {result['tree_s'] * 1e3:.0f} ms; {rates} a second", title_justify="left")
+    for column in (
+        "testbed",
+        "model",
+        "codec",
+        "menu, ms",
+        "search, ms",
+        "paper's, ms",
+        "search / paper's",
+        "search / fixed work",
+    ):
         table.add_column(column, justify="left" if column in ("testbed", "model", "codec") else "right")
     for row in result["plans"]:
         menu, search, paper, work = (row[f"{key}_s"] for key in ("menu", "search", "paper", "fixed_work"))

@@ -5,11 +5,11 @@ Where the figures leave something open:
 - The traces have backward only. Forward is half of it, as is usual; clipping and optimizer are 0. A model's `compute_s` is thus
   1.5 times its trace, whatever the GPU.
 - Routines are those of `nominal_cluster`: bandwidth-optimal, at the nominal rate of the links, with the testbed's latency once.
-- A codec takes on the GPU what it takes for 2^20 elements, however small the tensor (its kernels' launches rule there), and beyond
-  that in proportion. Decoding is that of one payload.
+- A codec takes on the GPU what it takes for 2^20 elements, however small the tensor (its kernels' launches rule there), and
+  beyond that in proportion. Decoding is that of one payload.
 - `cpu_gbit_per_s` is shared by the ranks of a host, which all compress at once. A call takes 20 us more. Encoding reads n
-  elements; decoding handles as many as the payload holds: all n, or the n * density that are kept. Copies between GPU and host are
-  not counted, and GPUs compute on undisturbed.
+  elements; decoding handles as many as the payload holds: all n, or the n * density that are kept. Copies between GPU and host
+  are not counted, and GPUs compute on undisturbed.
 - A sparse payload has 8 bytes for each element that is kept: index and value. Payloads of one bit have no scales.
 """
 
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from espresso_ds.core.option import Device
 from espresso_ds.core.profile import ClusterProfile, CodecTimes, CompressorProfile, Link, ModelTrace
-from espresso_ds.planner.cost import Costs
-from espresso_ds.planner.menu import Choice, Menu
+from espresso_ds.planner.cost import Costs, Shape
+from espresso_ds.planner.menu import Catalogue, Choice, Menu
 from espresso_ds.planner.routine_models import nominal_cluster
 from espresso_ds.planner.tree import option_tree
 
@@ -95,25 +95,25 @@ def make_trace(model: str, tensors: list[tuple[str, int, float]], bed: dict[str,
     )
 
 
-def cluster_of(testbed: str) -> ClusterProfile:
-    """The testbed's links as a profile."""
+def cluster_of(testbed: str, inter_speed: float = 1.0) -> ClusterProfile:
+    """The testbed's links as a profile, those between nodes at so many times the nominal rate."""
     bed = load("testbeds", testbed)
     intra, inter = bed["intra"], bed["inter"]
     return nominal_cluster(
         bed["nodes"],
         bed["gpus_per_node"],
         _link(intra["latency_us"], intra["gbit_per_s_per_gpu"]),
-        _link(inter["latency_us"], inter["gbit_per_s_per_node"]),
+        _link(inter["latency_us"], inter["gbit_per_s_per_node"] * inter_speed),
     )
 
 
-def compressors_of(testbed: str, codec: str) -> CompressorProfile:
-    """The codec's times on the testbed's GPUs and CPUs."""
+def compressors_of(testbed: str, codec: str, cpu_speed: float = 1.0) -> CompressorProfile:
+    """The codec's times on the testbed's GPUs, and on its CPUs at so many times the nominal rate."""
     bed = load("testbeds", testbed)
     times = bed["compress_us_at_2e20"][codec]
     kept = times.get("density", 1.0)
     share = 2 * kept if "density" in times else times["bits"] / 32
-    cpu_rate = bed["cpu_gbit_per_s"] * 1e9 / 8 / bed["gpus_per_node"]
+    cpu_rate = cpu_speed * bed["cpu_gbit_per_s"] * 1e9 / 8 / bed["gpus_per_node"]
     scale = [max(1.0, n / MEASURED_NUMEL) * 1e-6 for n in NUMELS]
     payload = tuple(max(8, round(4 * n * share)) for n in NUMELS)
 
@@ -129,10 +129,16 @@ def compressors_of(testbed: str, codec: str) -> CompressorProfile:
     return CompressorProfile.read({"codecs": [{**profile, "devices": [gpu, on(Device.CPU, encode, decode)]}]}, codec)
 
 
-def menu_of(case: Case) -> Menu:
+def menu_of(case: Case, inter_speed: float = 1.0, cpu_speed: float = 1.0) -> Menu:
     """All 4341 options with what they cost."""
-    costs = Costs(cluster_of(case.testbed), compressors_of(case.testbed, case.codec))
-    return Menu([Choice(option) for option in option_tree((Device.GPU, Device.CPU))], costs)
+    costs = Costs(cluster_of(case.testbed, inter_speed), compressors_of(case.testbed, case.codec, cpu_speed))
+    return Menu(catalogue(costs.shape), costs)
+
+
+@cache
+def catalogue(shape: Shape) -> Catalogue:
+    """The full tree with one codec."""
+    return Catalogue([Choice(option) for option in option_tree((Device.GPU, Device.CPU))], shape)
 
 
 def mixture_of_experts(tensors: int, testbed: str, layers: int = 24, seed: int = 0) -> ModelTrace:
@@ -142,8 +148,10 @@ def mixture_of_experts(tensors: int, testbed: str, layers: int = 24, seed: int =
     """
     rng, width = random.Random(seed), 512
     experts = (tensors // layers - 9) // 4
-    layer = [width * width] * 4 + [width] * 4 + [width * experts] + [width * 4 * width, 4 * width, 4 * width * width, width] * experts
-    sizes = (layer * (layers + 1))[:tensors]
+    layer = (
+        [width * width] * 4 + [width] * 4 + [width * experts] + [width * 4 * width, 4 * width, 4 * width * width, width] * experts
+    )
+    sizes = (layer * (tensors // len(layer) + 1))[:tensors]
     ready_s, rows = 0.0, []
     for number, numel in enumerate(sizes):
         ready_s += (30e-6 + 4e-6 * numel / 2**16) * rng.uniform(2 / 3, 4 / 3)

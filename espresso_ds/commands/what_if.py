@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
 from .. import __version__
+from ..core.config import EspressoBlock
 from ..core.errors import FileError
 from ..core.plan import Prediction, load_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
@@ -27,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "what-if", help="which bandwidth is needed, what other numbers of nodes would give", description=__doc__
     )
-    parser.add_argument("plan", type=Path, nargs="?", help="a plan.json whose profiles lie beside it; or give the three files")
+    parser.add_argument("plan", type=Path, nargs="?", help="a plan.json whose profiles lie beside it, or else:")
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--cluster", type=Path)
     parser.add_argument("--compressors", type=Path)
@@ -41,30 +43,26 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--worth", type=float, default=0.01, help="share of the step that compression must save (default: %(default)s)"
     )
+    parser.add_argument(
+        "--hierarchical", action="store_true", help="search the whole option tree; training refuses what is not flat so far"
+    )
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the curve")
     parser.add_argument("--json", action="store_true", help="print the curve and the answers as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Plan for every point, and print. Raises FileError, MismatchError."""
+    """Plan for every point, and print. Raises FileError."""
     from ..planner.what_if_render import draw, table  # brings matplotlib
 
     if args.picture is not None and not args.picture.absolute().parent.is_dir():
         raise FileError(f"{args.picture}: its directory does not exist; make it first")
-    trace, cluster, compressors = load_profiles(args)
+    block, trace, cluster, compressors = load(args)
     axis, values = values_of(args, cluster)
-    with Reporter() as report:
-        found = what_if(
-            cluster,
-            axis,
-            values,
-            planner(trace, compressors),
-            model=trace.model,
-            target=args.target,
-            worth=args.worth,
-            progress=report,
-        )
+    plan_for = planner(trace, compressors, block, hierarchical=args.hierarchical)
+    asked = {"model": trace.model, "target": args.target, "worth": args.worth}
+    with nullcontext(_silent) if args.json else Reporter() as report:  # standard output is the JSON's alone
+        found = what_if(cluster, axis, values, plan_for, **asked, progress=report)
     if args.json:
         print(found.model_dump_json(indent=1))
     else:
@@ -75,15 +73,17 @@ def run(args: argparse.Namespace) -> None:
             print(args.picture)
 
 
-def load_profiles(args: argparse.Namespace) -> tuple[ModelTrace, ClusterProfile, CompressorProfile]:
-    """The profiles beside the plan, each replaced by the one that is given. Raises FileError."""
+def load(args: argparse.Namespace) -> tuple[EspressoBlock, ModelTrace, ClusterProfile, CompressorProfile]:
+    """What to plan with: the plan's block or the defaults, and the profiles beside the plan or those given. Raises FileError."""
+    block = EspressoBlock()
     given = {"trace": args.trace, "cluster": args.cluster, "compressors": args.compressors}
     if args.plan is not None:
-        load_plan_file(args.plan)
+        _, block, _ = load_plan_file(args.plan)
         given = {kind: file or profile_directory(args.plan) / f"{kind}.json" for kind, file in given.items()}
     if missing := [f"--{kind}" for kind, file in given.items() if file is None]:
         raise FileError(f"nothing to start from: give a plan.json whose profiles lie beside it, or {', '.join(missing)}")
-    return ModelTrace.load(given["trace"]), ClusterProfile.load(given["cluster"]), CompressorProfile.load(given["compressors"])
+    trace, cluster = ModelTrace.load(given["trace"]), ClusterProfile.load(given["cluster"])
+    return block, trace, cluster, CompressorProfile.load(given["compressors"])
 
 
 def values_of(args: argparse.Namespace, cluster: ClusterProfile) -> tuple[Axis, list[float]]:
@@ -113,12 +113,26 @@ def _over_measured(end: str, cluster: ClusterProfile) -> float:
     return value * _UNITS[unit] / measured
 
 
-def planner(trace: ModelTrace, compressors: CompressorProfile) -> Callable[[ClusterProfile], Prediction]:
+def planner(
+    trace: ModelTrace, compressors: CompressorProfile, block: EspressoBlock, *, hierarchical: bool
+) -> Callable[[ClusterProfile], Prediction]:
     """Plans this model with these codecs for any cluster: as many ranks as it has, each computing as it was traced."""
+    constraints = block.constraints if hierarchical else block.constraints.model_copy(update={"flat_only": True})
 
     def plan_for(cluster: ClusterProfile) -> Prediction:
         there = {"world_size": cluster.world_size, "ranks_per_node": cluster.ranks_per_node}
-        made_by = f"espresso_ds {__version__} what-if"
-        return make_plan(trace.model_copy(update=there), cluster, compressors, made_by=made_by).predicted
+        return make_plan(
+            trace.model_copy(update=there),
+            cluster,
+            compressors,
+            made_by=f"espresso_ds {__version__} what-if",
+            thrift=block.thrift,
+            constraints=constraints,
+            error_budget=block.error_budget,
+        ).predicted
 
     return plan_for
+
+
+def _silent(share: float, what: str) -> None:
+    pass

@@ -54,6 +54,108 @@ struct Walk {
     }
 };
 
+// A piecewise linear function: planner/curves.py.
+struct Curve {
+    std::vector<double> x, y;
+    double slope;
+
+    double operator()(double size) const {
+        const double above = slope * std::max(0.0, size - x.back());
+        if (size >= x.back()) return y.back() + above;
+        const size_t right = std::upper_bound(x.begin(), x.end(), size) - x.begin();
+        const double rise = (y[right] - y[right - 1]) / (x[right] - x[right - 1]);
+        return rise * (size - x[right - 1]) + y[right - 1];
+    }
+};
+
+// What planner/cost.py calls an operation: its seconds are a function of the unit's number of elements.
+struct Operation {
+    int8_t resource;
+    int32_t curve;    // seconds over elements (codec work) or bytes (routines)
+    int32_t payload;  // payload bytes over elements; -1: sent as it is; -2: codec work
+    int32_t rows, divisor, padded;
+};
+
+// The choices for a unit, and what they take for units of any size.
+class Menu {
+public:
+    Menu(double element_bytes, int curves, const int32_t* points, const double* x, const double* y, const double* slopes,
+         int operations, const int32_t* fields, int choices, const int16_t* steps, const int8_t* counts)
+        : element_bytes_(element_bytes), steps_(steps, steps + static_cast<size_t>(choices) * STEPS),
+          counts_(counts, counts + choices) {
+        for (int i = 0; i < curves; ++i) {
+            curves_.push_back(Curve{{x, x + points[i]}, {y, y + points[i]}, slopes[i]});
+            x += points[i];
+            y += points[i];
+        }
+        for (int i = 0; i < operations; ++i, fields += 6) {
+            operations_.push_back(Operation{static_cast<int8_t>(fields[0]), fields[1], fields[2], fields[3], fields[4], fields[5]});
+        }
+    }
+
+    const std::vector<double>& seconds(int64_t numel) {
+        auto [place, fresh] = seconds_.try_emplace(numel);
+        if (fresh) {
+            for (const Operation& op : operations_) {
+                const int64_t elements = (numel + op.divisor - 1) / op.divisor;
+                double size = static_cast<double>(elements), times = 1;
+                if (op.payload == -2) {
+                    times = op.rows;
+                } else if (op.payload >= 0) {
+                    size = op.rows * std::max(1.0, curves_[op.payload](size));
+                } else {
+                    size = static_cast<double>((elements + op.padded - 1) / op.padded * op.padded) * element_bytes_;
+                }
+                place->second.push_back(times * curves_[op.curve](size));
+            }
+        }
+        return place->second;
+    }
+
+    Walk walk(int choice, int64_t numel) {
+        if (choice < 0) return Walk();
+        return walk(choice, seconds(numel));
+    }
+
+    Walk walk(int choice, const std::vector<double>& seconds) const {
+        int8_t resource[STEPS];
+        double duration[STEPS];
+        const int16_t* row = &steps_[static_cast<size_t>(choice) * STEPS];
+        for (int step = 0; step < counts_[choice]; ++step) {
+            resource[step] = operations_[row[step]].resource;
+            duration[step] = seconds[row[step]];
+        }
+        return Walk(counts_[choice], resource, duration);
+    }
+
+    // Adds up a choice's work on each resource, before the first routine, and after the last one.
+    void weigh(int choice, const std::vector<double>& seconds, double* value) const {
+        const int16_t* row = &steps_[static_cast<size_t>(choice) * STEPS];
+        double codec = 0;
+        bool sent = false;
+        for (int step = 0; step < counts_[choice]; ++step) {
+            const int resource = operations_[row[step]].resource;
+            value[resource] += seconds[row[step]];
+            if (is_link(resource)) {
+                if (!sent) value[RESOURCES] = codec;
+                sent = true;
+                codec = 0;
+            } else {
+                codec += seconds[row[step]];
+            }
+        }
+        value[RESOURCES + 1] = codec;
+    }
+
+private:
+    double element_bytes_;
+    std::vector<Curve> curves_;
+    std::vector<Operation> operations_;
+    std::vector<int16_t> steps_;
+    std::vector<int8_t> counts_;
+    std::unordered_map<int64_t, std::vector<double>> seconds_;
+};
+
 struct Task {
     int32_t unit = -1;
     int32_t step = 0;
@@ -107,6 +209,8 @@ public:
         valid_ = std::min(valid_, unit);
     }
 
+    const Walk& walk(int unit) const { return walks_[unit]; }
+
     // End of the step's synchronisation and backward under the plan as set.
     double end() {
         if (valid_ < count_ || fresh_) {
@@ -140,19 +244,29 @@ public:
         return result;
     }
 
-    // Several single-unit attempts at once: the place of the one with the least end of at most `below`, -1 if there is none; ties
-    // go to the first place. `ranked` are (lower bound, place) in ascending order. Threads share the least end as their limit.
-    int best(int unit, const std::vector<std::pair<double, int>>& ranked, const std::vector<Walk>& walks, double below,
-             double* end) {
+    // The choice of those given with the least end, if that is at most `below`, else -1; ties go to the first given. The most
+    // promising come first, and none that a lower bound rules out is played. Threads share the least end as their limit.
+    int best(Menu& menu, int unit, int64_t numel, int number, const int32_t* choices, double below, double* end) {
+        this->end();
+        const auto& seconds = menu.seconds(numel);
+        ranked_.clear();
+        for (int place = 0; place < number; ++place) {
+            double work[RESPECTS] = {};
+            menu.weigh(choices[place], seconds, work);
+            const double least = floor(unit, work);
+            if (least <= below) ranked_.emplace_back(least, place);
+        }
+        std::sort(ranked_.begin(), ranked_.end());
         std::atomic<size_t> next{0};
         std::atomic<double> least{below};
         std::mutex mutex;
         int winner = -1;
         auto work = [&](Scratch& scratch) {
-            for (size_t index = next++; index < ranked.size(); index = next++) {
-                const auto [floor, place] = ranked[index];
+            for (size_t index = next++; index < ranked_.size(); index = next++) {
+                const auto [floor, place] = ranked_[index];
                 if (floor > least.load()) break;
-                const double time = play<false>(scratch, states_[unit], unit, &walks[place], unit, least.load());
+                const Walk walk = menu.walk(choices[place], seconds);
+                const double time = play<false>(scratch, states_[unit], unit, &walk, unit, least.load());
                 std::lock_guard<std::mutex> lock(mutex);
                 if (time < least || (time == least && (winner < 0 || place < winner))) {
                     least = time;
@@ -160,7 +274,7 @@ public:
                 }
             }
         };
-        const size_t threads = ranked.size() * static_cast<size_t>(count_ - unit) < WORTH_THREADS
+        const size_t threads = ranked_.size() * static_cast<size_t>(count_ - unit) < WORTH_THREADS
                                    ? 1
                                    : std::clamp<size_t>(std::thread::hardware_concurrency(), 1, MOST_THREADS);
         while (scratches_.size() < threads) scratches_.emplace_back(count_);
@@ -169,18 +283,21 @@ public:
         work(scratches_[0]);
         for (auto& helper : helpers) helper.join();
         *end = least;
-        return winner;
+        return winner < 0 ? -1 : choices[winner];
     }
 
     // A lower bound of `attempt` for one unit. Whatever resource a unit needs, none of that work starts before the unit is ready,
     // nor the work of the units behind it before they are.
-    double floor(int unit, const Walk& walk) const {
-        double least = std::max(ready_[unit] + walk.total, backward_ + suffix_[0][0] - walks_[unit].load[0] + walk.load[0]);
+    double floor(int unit, const double* work) const {
+        const double* before = walks_[unit].load;
+        double least = backward_ + suffix_[0][0] - before[0] + work[0];
+        double total = work[0];
         for (int r = 1; r < RESOURCES; ++r) {
-            least = std::max(least, upto_[r][unit] + (walk.load[r] - walks_[unit].load[r]));
+            least = std::max(least, upto_[r][unit] + (work[r] - before[r]));
             least = std::max(least, beyond_[r][unit]);
+            total += work[r];
         }
-        return least;
+        return std::max(least, ready_[unit] + total);
     }
 
 private:
@@ -190,6 +307,7 @@ private:
     double rates_[2][2][3] = {};  // of backward, by whether the GPU and the CPU do codec work, and how many links are busy
     std::vector<Walk> walks_;
     std::vector<Walk> kept_;
+    std::vector<std::pair<double, int>> ranked_;
     std::vector<State> states_;  // just before each unit is ready
     std::vector<int64_t> completed_;  // event at which a unit's routine of a lane completed, in the plan as set
     Scratch base_;
@@ -357,108 +475,6 @@ private:
     }
 };
 
-// A piecewise linear function: planner/curves.py.
-struct Curve {
-    std::vector<double> x, y;
-    double slope;
-
-    double operator()(double size) const {
-        const double above = slope * std::max(0.0, size - x.back());
-        if (size >= x.back()) return y.back() + above;
-        const size_t right = std::upper_bound(x.begin(), x.end(), size) - x.begin();
-        const double rise = (y[right] - y[right - 1]) / (x[right] - x[right - 1]);
-        return rise * (size - x[right - 1]) + y[right - 1];
-    }
-};
-
-// What planner/cost.py calls an operation: its seconds are a function of the unit's number of elements.
-struct Operation {
-    int8_t resource;
-    int32_t curve;    // seconds over elements (codec work) or bytes (routines)
-    int32_t payload;  // payload bytes over elements; -1: sent as it is; -2: codec work
-    int32_t rows, divisor, padded;
-};
-
-// The choices for a unit, and what they take for units of any size.
-class Menu {
-public:
-    Menu(double element_bytes, int curves, const int32_t* points, const double* x, const double* y, const double* slopes,
-         int operations, const int32_t* fields, int choices, const int16_t* steps, const int8_t* counts)
-        : element_bytes_(element_bytes), steps_(steps, steps + static_cast<size_t>(choices) * STEPS),
-          counts_(counts, counts + choices) {
-        for (int i = 0; i < curves; ++i) {
-            curves_.push_back(Curve{{x, x + points[i]}, {y, y + points[i]}, slopes[i]});
-            x += points[i];
-            y += points[i];
-        }
-        for (int i = 0; i < operations; ++i, fields += 6) {
-            operations_.push_back(Operation{static_cast<int8_t>(fields[0]), fields[1], fields[2], fields[3], fields[4], fields[5]});
-        }
-    }
-
-    const std::vector<double>& seconds(int64_t numel) {
-        auto [place, fresh] = seconds_.try_emplace(numel);
-        if (fresh) {
-            for (const Operation& op : operations_) {
-                const int64_t elements = (numel + op.divisor - 1) / op.divisor;
-                double size = static_cast<double>(elements), times = 1;
-                if (op.payload == -2) {
-                    times = op.rows;
-                } else if (op.payload >= 0) {
-                    size = op.rows * std::max(1.0, curves_[op.payload](size));
-                } else {
-                    size = static_cast<double>((elements + op.padded - 1) / op.padded * op.padded) * element_bytes_;
-                }
-                place->second.push_back(times * curves_[op.curve](size));
-            }
-        }
-        return place->second;
-    }
-
-    Walk walk(int choice, int64_t numel) {
-        if (choice < 0) return Walk();
-        return walk(choice, seconds(numel));
-    }
-
-    Walk walk(int choice, const std::vector<double>& seconds) const {
-        int8_t resource[STEPS];
-        double duration[STEPS];
-        const int16_t* row = &steps_[static_cast<size_t>(choice) * STEPS];
-        for (int step = 0; step < counts_[choice]; ++step) {
-            resource[step] = operations_[row[step]].resource;
-            duration[step] = seconds[row[step]];
-        }
-        return Walk(counts_[choice], resource, duration);
-    }
-
-    // Adds up a choice's work on each resource, before the first routine, and after the last one.
-    void weigh(int choice, const std::vector<double>& seconds, double* value) const {
-        const int16_t* row = &steps_[static_cast<size_t>(choice) * STEPS];
-        double codec = 0;
-        bool sent = false;
-        for (int step = 0; step < counts_[choice]; ++step) {
-            const int resource = operations_[row[step]].resource;
-            value[resource] += seconds[row[step]];
-            if (is_link(resource)) {
-                if (!sent) value[RESOURCES] = codec;
-                sent = true;
-                codec = 0;
-            } else {
-                codec += seconds[row[step]];
-            }
-        }
-        value[RESOURCES + 1] = codec;
-    }
-
-private:
-    double element_bytes_;
-    std::vector<Curve> curves_;
-    std::vector<Operation> operations_;
-    std::vector<int16_t> steps_;
-    std::vector<int8_t> counts_;
-    std::unordered_map<int64_t, std::vector<double>> seconds_;
-};
-
 }  // namespace
 
 extern "C" {
@@ -542,19 +558,31 @@ double espresso_plan_attempt(void* plan, void* menu, int number, const int32_t* 
 // The choice of those given with the least end, if that is at most `below`, else -1; ties go to the first given. `end` gets it.
 int espresso_plan_best(void* plan, void* menu, int unit, int64_t numel, int number, const int32_t* choices, double below,
                        double* end) {
+    return static_cast<Plan*>(plan)->best(*static_cast<Menu*>(menu), unit, numel, number, choices, below, end);
+}
+
+// The choices of two units with the least end below `below`, each of those given for it; 0 if there are none, else 1.
+int espresso_plan_best_pair(void* plan, void* menu, const int32_t* units, const int64_t* numels, const int32_t* numbers,
+                            const int32_t* choices, double below, int32_t* best, double* end) {
     Plan& p = *static_cast<Plan*>(plan);
-    p.end();
-    const auto& seconds = static_cast<Menu*>(menu)->seconds(numel);
-    std::vector<std::pair<double, int>> ranked;
-    std::vector<Walk> walks;
-    for (int place = 0; place < number; ++place) {
-        walks.push_back(static_cast<Menu*>(menu)->walk(choices[place], seconds));
-        const double least = p.floor(unit, walks.back());
-        if (least <= below) ranked.emplace_back(least, place);
+    Menu& m = *static_cast<Menu*>(menu);
+    const Walk kept = p.walk(units[0]);
+    const int32_t* seconds = choices + numbers[0];
+    bool found = false;
+    *end = below;
+    for (int i = 0; i < numbers[0]; ++i) {
+        p.set(units[0], m.walk(choices[i], numels[0]));
+        double time;
+        const int choice = p.best(m, units[1], numels[1], numbers[1], seconds, *end, &time);
+        if (choice >= 0 && time < *end) {
+            *end = time;
+            best[0] = choices[i];
+            best[1] = choice;
+            found = true;
+        }
     }
-    std::sort(ranked.begin(), ranked.end());
-    const int winner = p.best(unit, ranked, walks, below, end);
-    return winner < 0 ? -1 : choices[winner];
+    p.set(units[0], kept);
+    return found;
 }
 
 }  // extern "C"

@@ -19,11 +19,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import numpy as np
-
 from ..core.errors import FileError
 from ..core.option import CODEC_TASKS, Device, Level, Option, Task
 from ..core.profile import ModelTrace
+from .cost import Resource
 from .improve import descend
 from .limits import Limits
 from .menu import Choice, Chosen, Menu
@@ -165,10 +164,9 @@ def payload_levels(option: Option) -> set[Level]:
 
 
 def _fastest_alone(trace: ModelTrace, menu: Menu, among: Chosen) -> list[Unit]:
-    sizes = np.array([tensor.numel for tensor in trace.tensors])
-    seconds = np.array([menu.costs.seconds(op, sizes) for op in menu.operations] + [np.zeros(len(sizes))])
-    alone = seconds[menu.steps[among]].sum(axis=1)  # a step of -1, which is none, adds the zeros
-    return [Unit.of(trace, index, index + 1, *menu.choices[among[best]]) for index, best in enumerate(alone.argmin(axis=0))]
+    alone = {n: menu.weigh(n, among)[:, : len(Resource)].sum(axis=1) for n in {tensor.numel for tensor in trace.tensors}}
+    best = {n: menu.choices[among[seconds.argmin()]] for n, seconds in alone.items()}
+    return [Unit.of(trace, index, index + 1, *best[tensor.numel]) for index, tensor in enumerate(trace.tensors)]
 
 
 def _place(menu: Menu, hierarchical: str, flat: str) -> int:

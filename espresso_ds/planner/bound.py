@@ -1,139 +1,241 @@
+"""A lower bound on the step time that holds for every strategy, so that a plan can say how far from the best it may be.
+
+A strategy cuts the tensors, in their order, into units, gives each a choice of the menu, and may send what it compresses in
+chunks. Seconds count from the start of backward, which takes b undisturbed; T is the end of the step without forward and after.
+
+Work. Tensor j in any buffer with choice c loads resource r for at least numel_j rate_cr (floors.py). It asks for r only after
+backward has come as far as ready_j. So r, which serves one at a time, is busy after ready_i with all of what tensors i and later
+load it with, and for every i and r
+
+    T >= ready_i + sum over j >= i of numel_j sum_c x_jc rate_cr        x_jc: the share of tensor j that has choice c
+
+Compute. Codec work on the tensor's own device and backward exclude each other: T >= b + all of that work.
+
+CPU. While one second of codec work on the CPU and backward run together, both take 1 + k seconds. Say s of the S seconds of CPU
+work of tensors i and later are done before backward's end E. Then T >= ready_i + S + k s, since what is done beside backward takes
+longer, and T >= E + S - s. With E >= b the sum of 1 and k of these, over 1 + k, is T >= ready_i + S + w (b - ready_i), w = k / (1 +
+k). Where nothing runs on the tensor's own device, E >= b + k s and w is min(1, k). For the whole work, with g of G seconds
+on the tensor's own device done before E, E >= b + g / (1 + k) + k s, as only CPU work outside those g seconds delays backward. With
+T >= E + G - g and T >= E + S - s follows T >= b + (1 - w) G + w S, or T >= b + w S where there is no G.
+
+Links. Each busy link likewise delays backward by a share of q = l / (1 + n l) of its time at least, where l is the cluster's own
+contention and n the number of links: T >= b + (1 - n q) G + q L, with L the seconds of both links' work.
+
+Way. A unit that holds tensor j ends no sooner than ready_j + way_c(numel_j) (floors.py), so T >= ready_j + sum_c x_jc way_c.
+
+A strategy is a solution with x_jc either 0 or 1, hence the least T of all solutions of this linear program is a lower bound.
+Tensors between two marks share x, and rows are written at marks only: to leave out rows and to average x keeps the bound valid.
+Choices that would take a tensor alone past a known plan's time need no look: then the bound is that time or the program's.
+
+The program has a few hundred rows and a hundred thousand columns, most of which are of no use: columns are added as the duals ask
+for them. Whatever the solver's duals y >= 0 with sum 1 are, sum over rows of y base + sum over blocks of the least price of any
+choice is a lower bound (weak duality), and it is computed here from all choices: the result does not hang on the solver's word.
+"""
+
 from __future__ import annotations
-from collections.abc import Collection, Sequence
+
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..core.profile import ModelTrace
 from .cost import LINKS, Resource
-from .floors import Floats, Floors
+from .floors import Floats, Floors, Places
 from .menu import Menu
 
-GROUPS = 24
-ROUNDS = 15
+MARKS = 24
+"""Parts of about equally many elements into which the trace is cut."""
+LARGE = 3
+"""Tensors whose way is looked at besides the last one's: the largest."""
+ROUNDS = 30
+"""Most times that columns are added."""
 CLOSE = 1e-4
+"""Share of the bound that a further column must promise."""
+ROUNDING = 1e-9
+"""Share by which the result is lowered for rounding errors in sums."""
+
+_WAY = len(Resource)  # the column after the resources
+_NAMES = {
+    Resource.CPU: "CPU",
+    Resource.INTRA: "links inside the node",
+    Resource.INTER: "links between nodes",
+}
+
 
 @dataclass(frozen=True)
 class Bound:
+    """Seconds that no strategy's step can be below, and for people what keeps it there."""
+
     seconds: float
     limit: str
 
+
+@dataclass(frozen=True)
+class Row:
+    """T >= base + sum over blocks `start` .. `stop` - 1 of weights . costs of the block's choice."""
+
+    base: float
+    start: int
+    stop: int
+    weights: tuple[float, ...]
+    limit: str
+
+
 @dataclass(frozen=True)
 class Block:
-    mark: int
-    numel: int
-    choices: NDArray[np.int_]
+    """Tensors first .. last of the trace, or those of them that may or may not be compressed, with the choices they have.
 
-@dataclass(frozen=True)
-class Rows:
-    """T >= base[i] + sum over blocks at or after start[i] of weights[i] . aspects"""
-    base: Floats
-    start: NDArray[np.int_]
-    weights: Floats
-    names: list
+    `costs` are seconds on each resource, and of the whole way where the block is one tensor (0: unknown); (choices, 5).
+    """
+
+    first: int
+    last: int
+    costs: Floats
 
 
-def lower_bound(trace, menu, incumbent_s=float("inf"), exact=()):
-    off = trace.forward_s + trace.after_s
-    U = incumbent_s - off
-    tensors = trace.tensors
-    n = len(tensors)
-    num = np.array([t.numel for t in tensors]); rd = np.array([t.ready_s for t in tensors])
-    fl = Floors(menu, int(num.sum()))
-    isx = np.zeros(n, dtype=bool); isx[list(exact)] = True
-    marks = _marks(num)
-    every = menu.everything.astype(int)
+def lower_bound(trace: ModelTrace, menu: Menu, incumbent_s: float = float("inf"), exact: Collection[int] = ()) -> Bound:
+    """Seconds that no strategy's F(S) can be below; see above.
+
+    Args:
+        trace: tensors with ready times that do not descend.
+        menu: the choices for every unit.
+        incumbent_s: F(S) of a known plan; the bound is then no more than that, and found sooner.
+        exact: indices of tensors that are never compressed.
+    """
+    fixed_s = trace.forward_s + trace.after_s
+    limit_s = incumbent_s - fixed_s
+    blocks = _blocks(trace, menu, limit_s, frozenset(exact))
+    if any(len(block.costs) == 0 for block in blocks):
+        return Bound(incumbent_s, "the plan at hand")
+    seconds, limit = _relaxed(_Program(blocks, list(_rows(trace, menu, blocks))), limit_s)
+    seconds *= 1 - ROUNDING
+    if seconds <= trace.backward_s:
+        seconds, limit = trace.backward_s, "backward"
+    return Bound(min(incumbent_s, fixed_s + seconds), limit)
+
+
+def _blocks(trace: ModelTrace, menu: Menu, limit_s: float, exact: frozenset[int]) -> list[Block]:
+    """The trace cut at marks; each tensor of interest is a block of its own."""
+    numel = np.array([tensor.numel for tensor in trace.tensors])
+    floors = Floors(menu, int(numel.sum()))
+    alone = {len(numel) - 1, *np.argsort(-numel, kind="stable")[:LARGE].tolist()}
+    edges = np.searchsorted(numel.cumsum(), numel.sum() * np.arange(1, MARKS) / MARKS)
+    marks = sorted({0, *edges.tolist(), *alone, *(place + 1 for place in alone)} - {len(numel)})
     blocks = []
-    for m, s in enumerate(marks):
-        e = marks[m + 1] if m + 1 < len(marks) else n
-        for flag in (False, True):
-            total = int(num[s:e][isx[s:e] == flag].sum())
-            if total:
-                blocks.append(Block(m, total, menu.uncompressed.astype(int) if flag else every))
-    best = (float("inf"), "")
-    for g in range(len(marks) - 1, -1, -1):  # last unit starts in (marks[g-1], marks[g]]; contains marks[g]..n
-        s = marks[g]
-        N = int(num[s:].sum())
-        if rd[-1] + N * 0 > min(best[0], U): break
-        ch = menu.uncompressed.astype(int) if isx[s:].any() else every
-        w = fl.rates[ch, -5:-1] * N
-        ch = ch[rd[-1] + w.max(1) <= min(U, best[0])]
-        if not len(ch): break
-        own = fl.last(N, ch)
-        keep = rd[-1] + own[:, -1] <= min(U, best[0])
-        if not keep.any(): break
-        rows = _rows(trace, fl, marks, g)
-        v = _solve(fl, rows, [b for b in blocks if b.mark < g], g, own[keep], min(U, best[0]))
-        if v[0] < best[0]: best = v
-    B = min(max(best[0], trace.backward_s), U)
-    return Bound(B + off, best[1])
+    for start, stop in zip(marks, [*marks[1:], len(numel)], strict=True):
+        for choices, mine in (
+            (menu.everything, [place for place in range(start, stop) if place not in exact]),
+            (menu.uncompressed, [place for place in range(start, stop) if place in exact]),
+        ):
+            if mine:
+                total = int(numel[mine].sum())
+                costs = np.column_stack([floors.rates[choices] * total, np.zeros(len(choices))])
+                if start in alone:
+                    costs = _alone(floors, costs, choices, total, limit_s - trace.tensors[start].ready_s)
+                blocks.append(Block(start, stop - 1, costs))
+    return blocks
 
-def _marks(num):
-    n = len(num); cum = np.cumsum(num); M = cum[-1]
-    marks = {0, n - 1}
-    for g in range(1, GROUPS): marks.add(int(np.searchsorted(cum, M * g / GROUPS)))
-    for b in np.argsort(-num)[:4]: marks |= {int(b), int(b) + 1}
-    return sorted(x for x in marks if x < n)
 
-def _rows(trace, fl, marks, g):
-    D = fl.rates.shape[1]
-    base, start, weights, names = [], [], [], []
-    def add(b, s, w, name):
-        base.append(b); start.append(s); names.append(name)
-        row = np.zeros(D)
-        for col, x in w: row[col] = x
-        weights.append(row)
-    last = trace.tensors[-1].ready_s
-    add(last, 0, [(D - 1, 1.0)], "way of the last unit")
-    add(trace.backward_s, 0, [(fl.work(Resource.COMPUTE), 1.0)], "gpu")
-    for k in range(1, fl.lanes + 1):
-        add(last, 0, [(fl.work(Resource.COMPUTE, k), 1.0)], f"gpu {k}")
-    for m, s in enumerate(marks):
-        if m > g: break
-        for r in (Resource.CPU, *LINKS):
-            add(trace.tensors[s].ready_s, m, [(fl.work(r), 1.0)], f"{r.name} from {s}")
-            if m < g:
-                for k in range(1, fl.lanes + 1):
-                    add(trace.tensors[s].ready_s, m, [(fl.work(r, k), 1.0)], f"{r.name} {k} from {s}")
-    return Rows(np.array(base), np.array(start), np.array(weights), names)
+def _alone(floors: Floors, costs: Floats, choices: Places, numel: int, most_s: float) -> Floats:
+    """The costs of a tensor's choices with its way, without those that take longer than `most_s`."""
+    kept = costs.max(axis=1) <= most_s
+    costs, choices = costs[kept], choices[kept]
+    costs[:, _WAY] = floors.ways(numel, choices)
+    return costs[costs[:, _WAY] <= most_s]
 
-def _solve(fl, rows, blocks, g, own, limit):
-    from scipy.optimize import linprog
-    D = fl.rates.shape[1]
-    R = len(rows.base)
-    nb = len(blocks)
-    orderless = np.zeros(D); orderless[-5:-1] = 1
-    # features
-    W = []
-    for b in blocks:
-        w = rows.weights * (rows.start <= b.mark)[:, None]
-        if b.mark >= g - 1: w = w * orderless
-        W.append(w)
-    W.append(rows.weights)  # last
-    feats = [fl.rates[b.choices] * b.numel for b in blocks] + [own]
-    # initial columns
-    active = []
-    for f in feats:
-        c = {int(f[:, d].argmin()) for d in range(D - 5, D)} | {int(f[:, D - 5:D - 1].sum(1).argmin()), int(f[:,D-5:D-1].max(1).argmin())}
-        active.append(sorted(c))
-    best = -np.inf; lim = ""
-    for it in range(ROUNDS):
-        cols = []; owner = []
-        for i, (f, w, a) in enumerate(zip(feats, W, active)):
-            cols.append(w @ f[a].T); owner += [i] * len(a)
-        A = np.hstack(cols); owner = np.array(owner)
-        A_ub = np.c_[A, -np.ones(R)]
-        A_eq = np.zeros((len(feats), A.shape[1] + 1)); A_eq[owner, np.arange(A.shape[1])] = 1
-        c = np.zeros(A.shape[1] + 1); c[-1] = 1
-        res = linprog(c, A_ub, -rows.base, A_eq, np.ones(len(feats)), method="highs")
-        y = np.maximum(0, -res.ineqlin.marginals); y /= y.sum()
-        value = y @ rows.base
-        grew = False
-        for i, (f, w) in enumerate(zip(feats, W)):
-            price = f @ (y @ w)
-            j = int(price.argmin()); value += price[j]
-            if j not in active[i]: active[i].append(j); grew = True
-        if value > best: best = value; lim = [(rows.names[k], round(float(y[k]), 3)) for k in np.argsort(-y)[:6] if y[k] > 1e-6]
-        if not grew or res.fun - best <= CLOSE * best or best >= limit: break
-    return best, (lim, it, round(res.fun*1e3, 2))
+
+def _rows(trace: ModelTrace, menu: Menu, blocks: list[Block]) -> Iterator[Row]:
+    """The constraints of the program; see above."""
+    every, tensors, backward_s = len(blocks), trace.tensors, trace.backward_s
+    used = {resource for resource in Resource if any(block.costs[:, resource].any() for block in blocks)}
+    slowed, link_slowed = menu.costs.contention, menu.costs.link_contention
+    own = Resource.COMPUTE in used
+    share = slowed / (1 + slowed) if own else min(1.0, slowed)
+    yield Row(backward_s, 0, every, _weights({Resource.COMPUTE: 1.0}), "backward and codec work on its device")
+    if slowed > 0 and Resource.CPU in used:
+        weights = _weights({Resource.COMPUTE: 1 - share, Resource.CPU: share})
+        yield Row(backward_s, 0, every, weights, "backward slowed by codec work on the CPU")
+    links = [link for link in LINKS if link in used]
+    if link_slowed > 0 and links:
+        delay = link_slowed / (1 + len(links) * link_slowed)
+        weights = _weights({Resource.COMPUTE: 1 - len(links) * delay, **dict.fromkeys(links, delay)})
+        yield Row(backward_s, 0, every, weights, "backward slowed by busy links")
+    for place, block in enumerate(blocks):
+        tensor = tensors[block.first]
+        if block.costs[:, _WAY].any():
+            yield Row(tensor.ready_s, place, place + 1, _weights({_WAY: 1.0}), f"the way of {tensor.name!r}")
+        for resource in used - {Resource.COMPUTE}:
+            base = tensor.ready_s + (share * (backward_s - tensor.ready_s) if resource is Resource.CPU else 0.0)
+            yield Row(base, place, every, _weights({resource: 1.0}), f"{_NAMES[resource]} from {tensor.name!r} on")
+
+
+def _weights(of: dict[int, float]) -> tuple[float, ...]:
+    return tuple(of.get(column, 0.0) for column in range(_WAY + 1))
+
+
+class _Program:
+    """The linear program over some of the choices of each block, which grows."""
+
+    def __init__(self, blocks: list[Block], rows: list[Row]) -> None:
+        self.rows = rows
+        self._blocks = blocks
+        self._base = np.array([row.base for row in rows])
+        self._weights = np.array([row.weights for row in rows])
+        starts, stops = np.array([row.start for row in rows]), np.array([row.stop for row in rows])
+        self._holds = [(starts <= place) & (place < stops) for place in range(len(blocks))]
+        self._columns: list[list[int]] = [[] for _ in blocks]
+        for place, block in enumerate(blocks):
+            work = block.costs[:, :_WAY]
+            for price in (*block.costs.T, work.sum(axis=1), work.max(axis=1)):
+                self._add(place, int(price.argmin()))
+
+    def solve(self) -> tuple[float, Floats]:
+        """The least T with the columns at hand, and the rows' duals, at least 0 and with sum 1."""
+        from scipy.optimize import linprog  # takes 0.3 s to import
+
+        columns = [
+            (self._weights @ block.costs[chosen].T) * holds[:, None]
+            for block, chosen, holds in zip(self._blocks, self._columns, self._holds, strict=True)
+        ]
+        owner = np.repeat(np.arange(len(columns)), [len(chosen) for chosen in self._columns])
+        matrix = np.hstack([*columns, -np.ones((len(self.rows), 1))])
+        shares = np.zeros((len(columns), len(owner) + 1))
+        shares[owner, np.arange(len(owner))] = 1.0
+        goal = np.append(np.zeros(len(owner)), 1.0)
+        result = linprog(goal, matrix, -self._base, shares, np.ones(len(columns)), method="highs")
+        duals = np.maximum(0.0, -result.ineqlin.marginals)
+        return float(result.fun), duals / duals.sum()
+
+    def certify(self, duals: Floats) -> float:
+        """The lower bound that these duals prove; adds the columns that they ask for."""
+        seconds = float(duals @ self._base)
+        for place, (block, holds) in enumerate(zip(self._blocks, self._holds, strict=True)):
+            price = block.costs @ ((duals * holds) @ self._weights)
+            least = int(price.argmin())
+            seconds += float(price[least])
+            self._add(place, least)
+        return seconds
+
+    def _add(self, place: int, choice: int) -> None:
+        if choice not in self._columns[place]:
+            self._columns[place].append(choice)
+
+
+def _relaxed(program: _Program, limit_s: float) -> tuple[float, str]:
+    """The best lower bound found, up to `limit_s`, and the rows that it is made of."""
+    best, limit = -float("inf"), ""
+    for _ in range(ROUNDS):
+        promise, duals = program.solve()
+        seconds = program.certify(duals)
+        if seconds > best:
+            best, limit = seconds, _explain(program.rows, duals)
+        if best >= limit_s or promise - best <= CLOSE * best:
+            break
+    return best, limit
+
+
+def _explain(rows: list[Row], duals: Floats) -> str:
+    """The rows of most weight: by how much of its own a relief of each would shorten the step."""
+    top = [place for place in np.argsort(-duals, kind="stable")[:3].tolist() if duals[place] >= 0.01]
+    return ", ".join(f"{rows[place].limit} ({duals[place]:.0%})" for place in top)

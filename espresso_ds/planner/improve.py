@@ -12,6 +12,8 @@ from .trials import ROUNDING, Trials
 
 WORTHWHILE = 1e-4
 """Least share of the step that a further pass must have saved."""
+EFFORT = 50_000
+"""Combinations of two units' choices that are looked at."""
 
 
 def descend(trials: Trials, menu: Menu, limits: Limits) -> None:
@@ -28,6 +30,35 @@ def descend(trials: Trials, menu: Menu, limits: Limits) -> None:
             _, choice = trials.best(place, choices, below=trials.time * (1 - ROUNDING))
             if choice >= 0:
                 trials.replace(place, choice)
+
+
+def exchange(trials: Trials, menu: Menu, limits: Limits) -> bool:
+    """Give pairs of units the best choices for both, neighbours first, in place; whether that gained anything.
+
+    What one unit frees only the other may be able to use. Pairs are tried as long as EFFORT combinations allow: all of them in a
+    plan of a few units, some neighbours in a large one.
+    """
+    gained, left = False, EFFORT
+    for distance in range(1, len(trials.places)):
+        for first, second in zip(trials.places, trials.places[distance:], strict=False):
+            fronts = tuple(limits.allowed(trials, place, menu.front(trials.at(place).numel)) for place in (first, second))
+            left -= len(fronts[0]) * len(fronts[1])
+            if left < 0:
+                return gained
+            pair = trials.best_pair(first, second, (fronts[0], fronts[1]), below=trials.time * (1 - ROUNDING))
+            if pair is not None and limits.allow_pair(trials, (first, second), pair):
+                trials.replace_all([(first, pair[0]), (second, pair[1])])
+                gained = True
+    return gained
+
+
+def polish(trials: Trials, menu: Menu, limits: Limits) -> None:
+    """Give every unit the best choice of all that there are, not only of those on the front, in place."""
+    for place in by_size(trials):
+        choices = limits.allowed(trials, place, menu.everything)
+        _, choice = trials.best(place, choices, below=trials.time * (1 - ROUNDING))
+        if choice >= 0:
+            trials.replace(place, choice)
 
 
 def drop_idle(trials: Trials, menu: Menu) -> None:

@@ -58,7 +58,7 @@ class Limits:
             return choices
         others = [other for other in trials.units if other is not unit]
         codecs = range(len(self._caps[0][1]))
-        return self._with_codecs(choices, (NO_CODEC, *(codec for codec in codecs if self._fits(others, unit.numel, codec))))
+        return self._with_codecs(choices, (NO_CODEC, *(codec for codec in codecs if self._fits(others, [(unit.numel, codec)]))))
 
     def allow_merged(self, trials: Trials, left: int, right: int, choice: int) -> bool:
         """Whether two neighbours may travel as one unit with this choice."""
@@ -71,22 +71,30 @@ class Limits:
         if not self._caps:
             return True
         others = [other for other in trials.units if other is not pair[0] and other is not pair[1]]
-        return self._fits(others, pair[0].numel + pair[1].numel, codec)
+        return self._fits(others, [(pair[0].numel + pair[1].numel, codec)])
+
+    def allow_pair(self, trials: Trials, places: tuple[int, int], choices: tuple[int, int]) -> bool:
+        """Whether two units may have these choices at once, each of which is allowed for it alone."""
+        if not self._caps:
+            return True
+        own = {id(trials.at(place)) for place in places}
+        others = [unit for unit in trials.units if id(unit) not in own]
+        both = [(trials.at(place).numel, int(self._codec_of[choice])) for place, choice in zip(places, choices, strict=True)]
+        return self._fits(others, [(numel, codec) for numel, codec in both if codec != NO_CODEC])
 
     def fit(self, numel: int, choice: int) -> bool:
         """Whether so many elements may have this choice, if all others are uncompressed."""
         codec = int(self._codec_of[choice])
-        return codec == NO_CODEC or self._fits((), numel, codec)
+        return codec == NO_CODEC or self._fits((), [(numel, codec)])
 
     def is_exact(self, unit: Unit) -> bool:
         """Whether the unit holds a tensor that is never compressed."""
         return self._exact_before[unit.stop] > self._exact_before[unit.start]
 
-    def _fits(self, others: Sequence[Unit], numel: int, codec: int) -> bool:
-        return all(
-            sum(other.numel * each[other.codec] for other in others if other.option.compresses) + numel * each[codec] <= cap
-            for cap, each in self._caps
-        )
+    def _fits(self, others: Sequence[Unit], more: Sequence[tuple[int, int]]) -> bool:
+        """Whether other units and so many elements with such codecs keep to all caps."""
+        used = [(unit.numel, unit.codec) for unit in others if unit.option.compresses]
+        return all(sum(numel * each[codec] for numel, codec in (*used, *more)) <= cap for cap, each in self._caps)
 
     def _with_codecs(self, choices: Chosen, codecs: tuple[int, ...]) -> Chosen:
         key = choices.tobytes(), codecs

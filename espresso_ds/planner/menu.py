@@ -73,10 +73,10 @@ class Menu:
     def __init__(self, choices: Sequence[Choice] | Catalogue, costs: Costs) -> None:
         """Look up what the choices' operations cost. Raises FileError (a routine or device was not measured)."""
         catalogue = choices if isinstance(choices, Catalogue) else Catalogue(choices, costs.shape)
-        self.catalogue, self.costs = catalogue, costs
+        self.costs = costs
         self.choices, self.place, self.operations = catalogue.choices, catalogue.place, catalogue.operations
         self.everything, self.uncompressed, self.on_device = catalogue.everything, catalogue.uncompressed, catalogue.on_device
-        self.codec = catalogue.codec
+        self.steps, self.counts, self.codec = catalogue.steps, catalogue.counts, catalogue.codec
         for op in self.operations:
             costs.curves(op)  # raises now what was not measured
         self._fronts: dict[tuple[int, int], Chosen] = {}
@@ -175,8 +175,8 @@ class Menu:
             len(fields),
             table.ctypes.data,
             len(self.choices),
-            self.catalogue.steps.ctypes.data,
-            self.catalogue.counts.ctypes.data,
+            self.steps.ctypes.data,
+            self.counts.ctypes.data,
         )
         finalize(self, native.espresso_menu_free, handle)
         return handle

@@ -27,6 +27,20 @@ _SIGNATURES = {
         (c_void_p, c_void_p, c_int, POINTER(c_int32), POINTER(c_int64), POINTER(c_int32), c_double),
     ),
     "espresso_plan_best": (c_int, (c_void_p, c_void_p, c_int, c_int64, c_int, c_void_p, c_double, POINTER(c_double))),
+    "espresso_plan_best_pair": (
+        c_int,
+        (
+            c_void_p,
+            c_void_p,
+            POINTER(c_int32),
+            POINTER(c_int64),
+            POINTER(c_int32),
+            c_void_p,
+            c_double,
+            POINTER(c_int32),
+            POINTER(c_double),
+        ),
+    ),
 }
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import byref, c_double, c_int32, c_int64
+from itertools import product
 from typing import Protocol
 from weakref import finalize
+
+import numpy as np
 
 from .menu import Chosen, Menu
 from .native import library
@@ -34,6 +37,12 @@ class Player(Protocol):
 
     def best(self, unit: int, numel: int, choices: Chosen, below: float) -> tuple[float, int]:
         """The least end by any of the choices and that choice; (below, -1) if none is at most `below`. Ties: the first."""
+
+    def best_pair(self, units: Pair, numels: Pair, choices: tuple[Chosen, Chosen], below: float) -> tuple[float, Pair | None]:
+        """The least end below `below` by any choices of two units, the earlier one first, and these; (below, None) if none."""
+
+
+Pair = tuple[int, int]
 
 
 def player(ready_s: Sequence[float], backward_s: float, menu: Menu) -> Player:
@@ -80,6 +89,24 @@ class NativePlayer:
         )
         return end.value, found
 
+    def best_pair(self, units: Pair, numels: Pair, choices: tuple[Chosen, Chosen], below: float) -> tuple[float, Pair | None]:
+        """See Player."""
+        end, best = c_double(), (c_int32 * 2)()
+        both = np.concatenate(choices)
+        numbers = (c_int32 * 2)(*map(len, choices))
+        found = self._native.espresso_plan_best_pair(
+            self._plan,
+            self._menu,
+            (c_int32 * 2)(*units),
+            (c_int64 * 2)(*numels),
+            numbers,
+            both.ctypes.data,
+            below,
+            best,
+            byref(end),
+        )
+        return end.value, (best[0], best[1]) if found else None
+
 
 class PythonPlayer:
     """By `play.play`."""
@@ -124,6 +151,15 @@ class PythonPlayer:
             end = self.attempt([(unit, numel, choice)])
             if end < least or (end == least and found < 0):
                 least, found = end, choice
+        return least, found
+
+    def best_pair(self, units: Pair, numels: Pair, choices: tuple[Chosen, Chosen], below: float) -> tuple[float, Pair | None]:
+        """See Player."""
+        least, found = below, None
+        for pair in product(choices[0].tolist(), choices[1].tolist()):
+            end = self.attempt(list(zip(units, numels, pair, strict=True)))
+            if end < least:
+                least, found = end, pair
         return least, found
 
     def _walk(self, numel: int, choice: int) -> LeanWalk:

@@ -20,7 +20,8 @@ nic is 0 where n = 1, gpu where m = 1. Rounds are those of the logarithmic algor
 bandwidth-optimal ones for long messages, from Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication
 Operations in MPICH", IJHPCA 19(1), 2005; theirs count one rank per node, and the two columns of bytes count the same algorithms'
 messages over m ranks per node. Reduce and broadcast are counted as pipelined, at half of the 2 (p-1)/p of the paper's two phases,
-which a full-duplex link can overlap. A group of one rank has one round, the call itself.
+which a full-duplex link can overlap. A group of one rank has one round, the call itself. Over gloo the runtime sends a
+reduce-scatter as an alltoall, and its bytes are those of A2A.
 
 Levels (E 4.2): flat is one group of all N g ranks (n = N, m = g); intra a group inside every node (n = 1, m = g); inter a group
 of one rank of every node (n = N, m = 1), with k = g of them at once after a step that left every local rank a shard, and k = 1
@@ -85,8 +86,10 @@ def rounds(task: Task, ranks: int) -> float:
     return max(1.0, math.log2(ranks)) * (2 if task is Task.ALLREDUCE else 1)
 
 
-def traffic(task: Task, layout: Layout) -> Traffic:
+def traffic(task: Task, layout: Layout, backend: str = "nccl") -> Traffic:
     """What the busiest links carry; the table above."""
+    if task is Task.REDUCE_SCATTER and backend == "gloo":
+        task = Task.ALLTOALL
     n, m = layout.nodes, layout.per_node
     return Traffic(layout.groups * _NIC[task](n, m) if n > 1 else 0.0, _GPU[task](n, m) if m > 1 else 0.0)
 
@@ -122,7 +125,7 @@ def nominal_cluster(nodes: int, gpus_per_node: int, intra: Link, inter: Link, ba
         ranks_per_node=gpus_per_node,
         links=links,
         routines=tuple(
-            _nominal_cost(task, level, layout, intra, inter)
+            _nominal_cost(task, level, layout, intra, inter, backend)
             for level, layout in layouts(nodes, gpus_per_node)
             for task in sorted(ROUTINES)
         ),
@@ -190,9 +193,9 @@ class Speeds(NamedTuple):
         return self.inter if level is Level.INTER else self.intra
 
 
-def _nominal_cost(task: Task, level: Level, layout: Layout, intra: Link, inter: Link) -> RoutineCost:
+def _nominal_cost(task: Task, level: Level, layout: Layout, intra: Link, inter: Link, backend: str) -> RoutineCost:
     alpha_s = (inter if layout.nodes > 1 else intra).alpha_s
-    beta = _limit(traffic(task, layout), inter.beta_s_per_byte, intra.beta_s_per_byte)
+    beta = _limit(traffic(task, layout, backend), inter.beta_s_per_byte, intra.beta_s_per_byte)
     return RoutineCost(
         routine=task,
         level=level,
@@ -211,7 +214,7 @@ def _rescaled_cost(cost: RoutineCost, cluster: ClusterProfile, nodes: int, local
     groups = local if cost.groups == cluster.ranks_per_node and cost.groups > 1 else cost.groups
     after = _layout(cost.level, nodes, local, groups)
     waits = rounds(cost.routine, after.ranks) / rounds(cost.routine, before.ranks)
-    flow = _flow_ratio(cost, cluster.links, before, after, speeds)
+    flow = _flow_ratio(cost, cluster, before, after, speeds)
     return cost.model_copy(
         update={
             "ranks": after.ranks,
@@ -228,9 +231,10 @@ def _layout(level: Level, nodes: int, local: int, groups: int) -> Layout:
     return Layout(1 if level is Level.INTRA else nodes, 1 if level is Level.INTER else local, groups)
 
 
-def _flow_ratio(cost: RoutineCost, links: Mapping[Level, Link], before: Layout, after: Layout, speeds: Speeds) -> float:
+def _flow_ratio(cost: RoutineCost, cluster: ClusterProfile, before: Layout, after: Layout, speeds: Speeds) -> float:
     """By which factor the bandwidth part of a routine grows. A link's beta matters only where the routine uses both links."""
-    old, new = traffic(cost.routine, before), traffic(cost.routine, after)
+    links = cluster.links
+    old, new = (traffic(cost.routine, layout, cluster.backend) for layout in (before, after))
     if old == new and speeds == Speeds(1.0, 1.0):
         return 1.0
     if not any(new):

@@ -7,7 +7,7 @@ under the backward. Hence a few starts, each improved and fused in turn, of whic
 again until it gains no more:
 
     published  every tensor by itself: Algorithms 1 and 2, so that the plan is never worse than theirs
-    buckets    tensors gathered up to a size, for each of fuse.BUCKETS, all with one of the UNIFORM choices that load the busiest
+    uniform    tensors gathered up to a size, for each of fuse.BUCKETS, all with one of the UNIFORM choices that load the busiest
                resource least; the best few of these
 
 All is deterministic; of equal plans the first is kept.
@@ -15,7 +15,7 @@ All is deterministic; of equal plans the first is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from ..core.profile import ModelTrace
 from .cost import Resource
 from .decide import algorithm_1
 from .fuse import fuse, partitions, singles
-from .improve import descend, drop_idle
+from .improve import descend, drop_idle, exchange, polish
 from .limits import Limits
 from .menu import NO_CODEC, Chosen, Menu
 from .offload import algorithm_2
@@ -33,7 +33,12 @@ from .trials import ROUNDING, Trials
 UNIFORM = 4
 """Choices that are tried for all units at once, besides the uncompressed ones."""
 STARTS = 6
-"""Bucket starts that are improved."""
+"""Uniform plans that are improved."""
+FEW = 400
+"""A model of n tensors gets FEW / n^2 starts if that is more: they cost little there, and a greedy search needs them."""
+
+Cut = Sequence[tuple[int, int]]
+"""Runs of tensors (start, stop), each a unit."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,7 +68,8 @@ def best_plan(
     limits = limits or Limits(trace, menu)
     progress("planning", 0, STARTS + 2)
     found = [published(trace, menu, limits)]
-    starts = uniform_plans(trace, menu, limits)[:STARTS] if fused else []
+    every = [(index, index + 1) for index in range(len(trace.tensors))]
+    starts = uniform_plans(partitions(trace, limits.exact) if fused else [every], trace, menu, limits)
     for done, trials in enumerate(starts):
         progress(f"planning in {len(trials.units)} units", done + 1, STARTS + 2)
         found.append(_improve(trials, menu, limits, fused))
@@ -72,13 +78,16 @@ def best_plan(
     while best.time < before * (1 - ROUNDING):
         before = best.time
         best = _improve(Trials(best.units, trace, menu), menu, limits, fused)
+        polish(best, menu, limits)
+        exchange(best, menu, limits)
     return best.units
 
 
 def best_uncompressed(trace: ModelTrace, menu: Menu) -> list[Unit]:
     """The fastest plan found that compresses nothing, overlapped with backward and fused."""
     limits = Limits(trace, menu, exact=range(len(trace.tensors)))
-    starts = [Trials(singles(trace, menu.choices[_plain(trace, menu)]), trace, menu), *uniform_plans(trace, menu, limits)[:2]]
+    starts = [Trials(singles(trace, menu.choices[_plain(trace, menu)]), trace, menu)]
+    starts += uniform_plans(partitions(trace, limits.exact), trace, menu, limits)
     found = [_improve(trials, menu, limits, True) for trials in starts]
     return min(found, key=lambda trials: trials.time).units
 
@@ -91,26 +100,34 @@ def _improve(trials: Trials, menu: Menu, limits: Limits, fused: bool) -> Trials:
     return trials
 
 
-def uniform_plans(trace: ModelTrace, menu: Menu, limits: Limits) -> list[Trials]:
-    """Every partition of the trace with its best choice for all units at once that may be compressed, fastest first."""
-    plain, *others = least_loaded(trace, menu)
-    plans = []
-    for runs in partitions(trace, limits.exact):
-        trials = Trials([Unit.of(trace, start, stop, *menu.choices[plain]) for start, stop in runs], trace, menu)
+def uniform_plans(cuts: Sequence[Cut], trace: ModelTrace, menu: Menu, limits: Limits) -> list[Trials]:
+    """The fastest plans that cut the trace in one of these ways and give one choice to all units that may have it.
+
+    First the best choice of each cut, then the second best of each, and so on: STARTS plans, and more for a few tensors.
+    """
+    most = max(STARTS, FEW // len(trace.tensors) ** 2)
+    plain, *others = least_loaded(trace, menu, max(UNIFORM, most // len(cuts)))
+    plans: list[tuple[int, float, int, int]] = []
+    for number, runs in enumerate(cuts):
+        trials = Trials(_units(runs, plain, trace, menu), trace, menu)
         free = [place for place in trials.places if not limits.is_exact(trials.at(place))]
         numel = sum(trials.at(place).numel for place in free)
-        best, chosen = trials.time, plain
-        for choice in others:
-            if limits.fit(numel, choice):
-                time = trials.time_with_all([(place, choice) for place in free], best)
-                if time < best:
-                    best, chosen = time, choice
-        trials.replace_all([(place, chosen) for place in free])
-        plans.append(trials)
-    return sorted(plans, key=lambda trials: trials.time)
+        times = [(trials.time_with_all([(p, choice) for p in free]), choice) for choice in others if limits.fit(numel, choice)]
+        ranked = enumerate(sorted([(trials.time, plain), *times]))
+        plans += [(rank, time, number, choice) for rank, (time, choice) in ranked]
+    starts = []
+    for _, _, number, choice in sorted(plans)[:most]:
+        trials = Trials(_units(cuts[number], plain, trace, menu), trace, menu)
+        trials.replace_all([(place, choice) for place in trials.places if not limits.is_exact(trials.at(place))])
+        starts.append(trials)
+    return starts
 
 
-def least_loaded(trace: ModelTrace, menu: Menu) -> list[int]:
+def _units(runs: Cut, choice: int, trace: ModelTrace, menu: Menu) -> list[Unit]:
+    return [Unit.of(trace, start, stop, *menu.choices[choice]) for start, stop in runs]
+
+
+def least_loaded(trace: ModelTrace, menu: Menu, most: int) -> list[int]:
     """The choices that, given to the whole model as one buffer, load the busiest resource least; uncompressed ones first."""
     numel = sum(tensor.numel for tensor in trace.tensors)
 
@@ -119,7 +136,7 @@ def least_loaded(trace: ModelTrace, menu: Menu) -> list[int]:
         return choices[np.argsort(load.max(axis=1), kind="stable")].tolist()
 
     front = menu.front(numel)
-    return [*ranked(menu.uncompressed)[:2], *ranked(front[menu.codec[front] != NO_CODEC])[:UNIFORM]]
+    return [*ranked(menu.uncompressed)[:2], *ranked(front[menu.codec[front] != NO_CODEC])[:most]]
 
 
 def _plain(trace: ModelTrace, menu: Menu) -> int:

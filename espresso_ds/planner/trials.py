@@ -88,6 +88,12 @@ class Trials:
         end, choice = self._player.best(place, self.at(place).numel, choices, below - self._fixed_s)
         return self._fixed_s + end, choice
 
+    def best_pair(self, left: int, right: int, choices: tuple[Chosen, Chosen], below: float) -> tuple[int, int] | None:
+        """The choices of two units, the earlier one first, with the least F(S) below `below`, if there are any."""
+        numels = self.at(left).numel, self.at(right).numel
+        _, pair = self._player.best_pair((left, right), numels, choices, below - self._fixed_s)
+        return pair
+
     def gain_at_most(self, place: int, limit: float = float("inf")) -> float:
         """Seconds that the step would be shorter if the unit were not there: more than any choice can be expected to gain."""
         return self.time - self._fixed_s - self._player.attempt([(place, 0, -1)], limit)
