@@ -93,7 +93,7 @@ ODD = st.one_of(
 
 
 @given(changes=st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=2))
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_number_of_any_file_may_be_anything(changes):
     files = copy.deepcopy(GOOD)
     for (name, path), new in changes:
@@ -114,7 +114,7 @@ def test_any_number_of_any_file_may_be_anything(changes):
     forward=st.floats(0, 10),
     dtypes=st.lists(st.sampled_from(["float32", "bfloat16"]), min_size=6, max_size=6),
 )
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_extreme_but_sound_profiles_get_a_plan(rows, shape, alpha, rate, encode, share, contention, forward, dtypes):
     """Links of a byte in a quarter of an hour to a petabyte a second, codecs likewise, tensors of a thousand million elements."""
     world, node = shape

@@ -11,12 +11,15 @@ load it with, and for every i and r
 
 Compute. Codec work on the tensor's own device and backward exclude each other: T >= b + all of that work.
 
-CPU. While one second of codec work on the CPU and backward run together, both take 1 + k seconds. Say s of the S seconds of CPU
-work of tensors i and later are done before backward's end E. Then T >= ready_i + S + k s, since what is done beside backward takes
-longer, and T >= E + S - s. With E >= b the sum of 1 and k of these, over 1 + k, is T >= ready_i + S + w (b - ready_i), w = k / (1 +
-k). Where nothing runs on the tensor's own device, E >= b + k s and w is min(1, k). For the whole work, with g of G seconds
-on the tensor's own device done before E, E >= b + g / (1 + k) + k s, as only CPU work outside those g seconds delays backward. With
-T >= E + G - g and T >= E + S - s follows T >= b + (1 - w) G + w S, or T >= b + w S where there is no G.
+CPU. While one second of codec work on the CPU and backward run together, both take 1 + k seconds. Say that s of the S seconds of
+CPU work of tensors i and later are done before backward's end E. What is done beside backward takes longer, and so T >= ready_i +
+S + k s; the rest follows backward, T >= E + S - s. With E >= b, the first plus k times the second, over 1 + k, is
+
+    T >= ready_i + S + w (b - ready_i),  w = k / (1 + k)
+
+Where nothing runs on the tensor's own device, E >= b + k s, and it holds with w = min(1, k). For all work, with g of G seconds on
+the tensor's own device done before E: only CPU work outside those g seconds delays backward, E >= b + g / (1 + k) + k s. With
+T >= E + G - g and T >= E + S - s follows T >= b + (1 - w) G + w S, also where there is no G and w = min(1, k).
 
 Links. Each busy link likewise delays backward by a share of q = l / (1 + n l) of its time at least, where l is the cluster's own
 contention and n the number of links: T >= b + (1 - n q) G + q L, with L the seconds of both links' work.
@@ -46,8 +49,8 @@ from .menu import Menu
 
 MARKS = 24
 """Parts of about equally many elements into which the trace is cut."""
-LARGE = 3
-"""Tensors whose way is looked at besides the last one's: the largest."""
+LARGE = 0.1
+"""Share of all elements from which on a tensor is looked at by itself, as the last one is."""
 ROUNDS = 30
 """Most times that columns are added."""
 CLOSE = 1e-4
@@ -111,15 +114,15 @@ def lower_bound(trace: ModelTrace, menu: Menu, incumbent_s: float = float("inf")
     seconds, limit = _relaxed(_Program(blocks, list(_rows(trace, menu, blocks))), limit_s)
     seconds *= 1 - ROUNDING
     if seconds <= trace.backward_s:
-        seconds, limit = trace.backward_s, "backward"
-    return Bound(min(incumbent_s, fixed_s + seconds), limit)
+        limit = "backward"
+    return Bound(min(incumbent_s, max(trace.compute_s, fixed_s + seconds)), limit)
 
 
 def _blocks(trace: ModelTrace, menu: Menu, limit_s: float, exact: frozenset[int]) -> list[Block]:
     """The trace cut at marks; each tensor of interest is a block of its own."""
     numel = np.array([tensor.numel for tensor in trace.tensors])
     floors = Floors(menu, int(numel.sum()))
-    alone = {len(numel) - 1, *np.argsort(-numel, kind="stable")[:LARGE].tolist()}
+    alone = {len(numel) - 1, *np.flatnonzero(numel >= LARGE * numel.sum()).tolist()}
     edges = np.searchsorted(numel.cumsum(), numel.sum() * np.arange(1, MARKS) / MARKS)
     marks = sorted({0, *edges.tolist(), *alone, *(place + 1 for place in alone)} - {len(numel)})
     blocks = []

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.option import Device
-from .cost import Operation, Resource, operations
+from .cost import Operation, Resource
 from .curves import Curve
 from .menu import Menu
 
@@ -35,14 +34,10 @@ class Floors:
         """Index the operations of the menu for a trace of `most` elements."""
         self._costs = menu.costs
         self._lowest: dict[int, Curve] = {}
-        done = [operations(choice.option, choice.codec, menu.costs.shape) for choice in menu.choices]
-        number = {op: place for place, op in enumerate(dict.fromkeys(chain.from_iterable(done)))}
-        self._operations = tuple(number)
-        self._steps = np.full((len(done), max(map(len, done))), -1)  # no step: the place after the last operation
-        for row, steps in enumerate(done):
-            self._steps[row, : len(steps)] = [number[op] for op in steps]
+        self._operations = menu.operations
+        self._steps = menu.steps[:, : int(menu.counts.max())].astype(int)  # no step: -1, the place after the last operation
         self._resource = np.array([*(menu.costs.resource(op) for op in self._operations), -1])[self._steps]
-        self._compresses = np.ones(len(done), dtype=bool)
+        self._compresses = np.ones(len(menu.choices), dtype=bool)
         self._compresses[menu.uncompressed] = False
         each = self._of_operations(lambda op: self._rate(op, most))[self._steps]
         self.rates: Floats = np.stack([(each * (self._resource == place)).sum(axis=1) for place in Resource], axis=1)
@@ -53,8 +48,8 @@ class Floors:
         In one piece it takes the sum of its steps. Of p pieces (core/chunks.py) all but the last have numel / p elements or more,
         and the last has at most (p + 1) world sizes less. All go the same way in the same order, so that what the first does
         before its first use of a resource, all uses of that resource, and what some piece does after its last one follow each
-        other. In more than PIECES pieces each is small, and the least rate at such sizes replaces their number. All of this only
-        grows with the size of the unit, since `_least` does.
+        other. Of more than P = PIECES pieces, either none is larger than numel / P, and each element costs the least rate at
+        such sizes, or P are, which costs no less. It all holds for larger units too, since `_least` never falls.
         """
         found = np.zeros(len(choices))
         for cut in (False, True):
@@ -108,16 +103,15 @@ class Floors:
         return self._floor(seconds)(each if payload is None else op.rows * each)
 
     def _rate(self, op: Operation, most: int) -> float:
-        """Least seconds of an operation per element of a buffer of at most `most`: a product of least rates."""
+        """Least seconds of an operation per element of a buffer of at most `most`: a product of least rates of the floors."""
         seconds, payload = self._costs.curves(op)
         elements = -(-most // op.divisor)
         if isinstance(op.action.at, Device):
-            return op.rows / op.divisor * seconds.least_rate(elements)
+            return op.rows / op.divisor * self._floor(seconds).least_rate(elements)
         if payload is None:
-            return self._costs.element_bytes / op.divisor * seconds.least_rate(float(self._costs.nbytes(op, most)))
-        sizes = np.array([1, elements, *(x for x in payload.x if 1 < x < elements)])
-        most_bytes = op.rows * max(1.0, float(payload(sizes).max()))
-        return op.rows / op.divisor * payload.least_rate(elements) * seconds.least_rate(most_bytes)
+            return self._costs.element_bytes / op.divisor * self._floor(seconds).least_rate(elements * self._costs.element_bytes)
+        most_bytes = op.rows * max(1.0, float(self._floor(payload)(elements)))
+        return op.rows / op.divisor * self._floor(payload).least_rate(elements) * self._floor(seconds).least_rate(most_bytes)
 
     def _floor(self, curve: Curve) -> Curve:
         """The curve with every dip filled from the right: never falls, and is nowhere above what a larger size takes."""

@@ -16,12 +16,17 @@ EFFORT = 50_000
 """Combinations of two units' choices that are looked at."""
 
 
-def descend(trials: Trials, menu: Menu, limits: Limits) -> None:
-    """Give one unit after another, largest first, the best choice of all, in place, until a pass gains next to nothing."""
+def descend(trials: Trials, menu: Menu, limits: Limits, held: int = -1) -> None:
+    """Give one unit after another, largest first, the best choice of all, in place, until a pass gains next to nothing.
+
+    The unit at the place `held` keeps its choice.
+    """
     before = float("inf")
     while trials.time < before * (1 - WORTHWHILE):
         before = trials.time
         for place in by_size(trials):
+            if place == held:
+                continue
             if place < trials.hidden and not trials.at(place).option.compresses:
                 continue  # Property 1; one that is compressed may spare the backward its codec's work
             if trials.gain_at_most(place) <= trials.time * ROUNDING:
@@ -39,17 +44,43 @@ def exchange(trials: Trials, menu: Menu, limits: Limits) -> bool:
     plan of a few units, some neighbours in a large one.
     """
     gained, left = False, EFFORT
-    for distance in range(1, len(trials.places)):
+    count = len(trials.places)
+    every = (len(menu.choices) * count) ** 2 // 2 <= EFFORT
+    for distance in range(1, count):
         for first, second in zip(trials.places, trials.places[distance:], strict=False):
-            fronts = tuple(limits.allowed(trials, place, menu.front(trials.at(place).numel)) for place in (first, second))
-            left -= len(fronts[0]) * len(fronts[1])
+            wide = [menu.everything if every else menu.front(trials.at(place).numel) for place in (first, second)]
+            narrow = limits.allowed(trials, first, wide[0]), limits.allowed(trials, second, wide[1])
+            left -= len(narrow[0]) * len(narrow[1])
             if left < 0:
                 return gained
-            pair = trials.best_pair(first, second, (fronts[0], fronts[1]), below=trials.time * (1 - ROUNDING))
+            pair = trials.best_pair(first, second, narrow, below=trials.time * (1 - ROUNDING))
             if pair is not None and limits.allow_pair(trials, (first, second), pair):
                 trials.replace_all([(first, pair[0]), (second, pair[1])])
                 gained = True
     return gained
+
+
+def kick(trials: Trials, menu: Menu, limits: Limits, tries: int) -> bool:
+    """Hold one unit at another choice and improve the others around it, in place if that gains; whether it did.
+
+    Out of a local optimum that no change of two units leaves. The choices that alone would cost least are tried first.
+    """
+    if tries == 0:
+        return False
+    moves = []
+    for place in trials.places:
+        for choice in limits.allowed(trials, place, menu.front(trials.at(place).numel)).tolist():
+            if choice != trials.choice(place):
+                moves.append((trials.time_with(place, choice), place, choice))
+    for _, place, choice in sorted(moves)[:tries]:
+        other = trials.copy()
+        other.replace(place, choice)
+        descend(other, menu, limits, held=place)
+        descend(other, menu, limits)
+        if other.time < trials.time * (1 - ROUNDING):
+            trials.replace_all([(at, other.choice(at)) for at in other.places])
+            return True
+    return False
 
 
 def polish(trials: Trials, menu: Menu, limits: Limits) -> None:

@@ -23,7 +23,7 @@ from ..core.profile import ModelTrace
 from .cost import Resource
 from .decide import algorithm_1
 from .fuse import fuse, partitions, singles
-from .improve import descend, drop_idle, exchange, polish
+from .improve import descend, drop_idle, exchange, kick, polish
 from .limits import Limits
 from .menu import NO_CODEC, Chosen, Menu
 from .offload import algorithm_2
@@ -34,8 +34,8 @@ UNIFORM = 4
 """Choices that are tried for all units at once, besides the uncompressed ones."""
 STARTS = 6
 """Uniform plans that are improved."""
-FEW = 400
-"""A model of n tensors gets FEW / n^2 starts if that is more: they cost little there, and a greedy search needs them."""
+FEW, KICKS = 200, 800
+"""A model of n tensors gets FEW / n^2 starts if that is more, and KICKS / n^2 kicks: cheap there, and there greed fails most."""
 
 Cut = Sequence[tuple[int, int]]
 """Runs of tensors (start, stop), each a unit."""
@@ -73,14 +73,18 @@ def best_plan(
     for done, trials in enumerate(starts):
         progress(f"planning in {len(trials.units)} units", done + 1, STARTS + 2)
         found.append(_improve(trials, menu, limits, fused))
-    best = min(found, key=lambda trials: trials.time)
-    before = float("inf")
-    while best.time < before * (1 - ROUNDING):
-        before = best.time
-        best = _improve(Trials(best.units, trace, menu), menu, limits, fused)
-        polish(best, menu, limits)
+    found.sort(key=lambda trials: trials.time)
+    different = {round(trials.time, 12): trials for trials in reversed(found)}
+    deep = [_improve_deeply(different[time], menu, limits, fused) for time in sorted(different)[: max(1, _few(trace, FEW))]]
+    best = min(deep, key=lambda trials: trials.time)
+    while kick(best, menu, limits, _few(trace, KICKS)):
         exchange(best, menu, limits)
     return best.units
+
+
+def _few(trace: ModelTrace, most: int) -> int:
+    """How much to try of what is only worth it for a few tensors."""
+    return most // len(trace.tensors) ** 2
 
 
 def best_uncompressed(trace: ModelTrace, menu: Menu) -> list[Unit]:
@@ -100,12 +104,23 @@ def _improve(trials: Trials, menu: Menu, limits: Limits, fused: bool) -> Trials:
     return trials
 
 
+def _improve_deeply(trials: Trials, menu: Menu, limits: Limits, fused: bool) -> Trials:
+    before = float("inf")
+    while trials.time < before * (1 - ROUNDING):
+        before = trials.time
+        trials = _improve(trials.copy(), menu, limits, fused)
+        trials = trials.copy()
+        polish(trials, menu, limits)
+        exchange(trials, menu, limits)
+    return trials
+
+
 def uniform_plans(cuts: Sequence[Cut], trace: ModelTrace, menu: Menu, limits: Limits) -> list[Trials]:
     """The fastest plans that cut the trace in one of these ways and give one choice to all units that may have it.
 
     First the best choice of each cut, then the second best of each, and so on: STARTS plans, and more for a few tensors.
     """
-    most = max(STARTS, FEW // len(trace.tensors) ** 2)
+    most = max(STARTS, _few(trace, FEW))
     plain, *others = least_loaded(trace, menu, max(UNIFORM, most // len(cuts)))
     plans: list[tuple[int, float, int, int]] = []
     for number, runs in enumerate(cuts):

@@ -28,6 +28,10 @@ class Trials:
         for place, unit in enumerate(units):
             self._player.set(place, unit.numel, self._choice(unit))
 
+    def copy(self) -> Trials:
+        """The same plan, to be changed on its own. Places are kept only if no unit was merged."""
+        return Trials(self.units, self._trace, self._menu)
+
     @property
     def units(self) -> list[Unit]:
         """The units that are there, in plan order."""
