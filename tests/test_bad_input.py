@@ -3,15 +3,16 @@
 import copy
 import json
 import math
-import time
+import re
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from planner_cases import cluster_of, codecs_of, nested_cluster_of, trace_of
 
 from espresso_ds.core.config import Constraints
 from espresso_ds.core.errors import EspressoError
+from espresso_ds.core.option import Level, Option
 from espresso_ds.core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from espresso_ds.planner.build import make_plan
 
@@ -93,12 +94,22 @@ ODD = st.one_of(
 
 
 @given(changes=st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=2))
-@settings(max_examples=6000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_number_of_any_file_may_be_anything(changes):
     files = copy.deepcopy(GOOD)
     for (name, path), new in changes:
+        assume(path[-1] != "numel" or not isinstance(new, (int, float)) or new <= 10**10)  # larger ones: below
         put(files[name], path, new)
     check(planned(files))
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("numel", [10**13, 2**62, 2**63, 10**30])
+def test_tensors_larger_than_any_memory_are_refused(numel):
+    files = copy.deepcopy(GOOD)
+    put(files["trace"], ("tensors", 1, "numel"), numel)
+    result = planned(files)
+    assert isinstance(result, EspressoError) and str(numel) in str(result), result
 
 
 @given(
@@ -114,7 +125,7 @@ def test_any_number_of_any_file_may_be_anything(changes):
     forward=st.floats(0, 10),
     dtypes=st.lists(st.sampled_from(["float32", "bfloat16"]), min_size=6, max_size=6),
 )
-@settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_extreme_but_sound_profiles_get_a_plan(rows, shape, alpha, rate, encode, share, contention, forward, dtypes):
     """Links of a byte in a quarter of an hour to a petabyte a second, codecs likewise, tensors of a thousand million elements."""
     world, node = shape
@@ -165,7 +176,7 @@ def test_faults_are_named(name, path, new, message):
     result = planned(files)
     assert isinstance(result, EspressoError), result
     check(result)
-    assert __import__("re").search(message, str(result)), str(result)
+    assert re.search(message, str(result)), str(result)
 
 
 def test_milliseconds_beside_seconds_are_noticed():
@@ -199,13 +210,13 @@ def test_a_link_of_next_to_no_bandwidth_still_gets_a_plan():
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_one_gpu_has_nothing_to_send(world):
-    """A world of one rank: nothing crosses a link, so nothing is compressed."""
+    """Or two behind a fast link: nothing is compressed."""
     trace = trace_of([(2**18, 0.02), (2**20, 0.05)], world=world, node=world)
     cluster = cluster_of(world=world, node=world, alpha_s=1e-6, bytes_per_s=1e9, **SMALL)
     result = planned(files_of(trace, cluster, codecs_of(encode=1e-7, **SMALL)))
     check(result)
     assert not any("C." in tensor.option for tensor in result.tensors)
-    assert {Device for tensor in result.tensors for Device in ("intra", "inter") if Device in tensor.option} == set()
+    assert all(Option.parse(tensor.option).levels == {Level.FLAT} for tensor in result.tensors)
 
 
 def test_tensors_of_a_thousand_million_elements():
@@ -217,11 +228,8 @@ def test_tensors_of_a_thousand_million_elements():
 
 
 def test_thousands_of_equal_tensors():
-    """In far less than the time limit of the test, and all alike."""
     rows = [(2**12, 0.0001 * (i + 1)) for i in range(2000)]
-    started = time.monotonic()
     check(result := planned(good(rows=rows), constraints=Constraints(max_compressions=1)))
     assert not isinstance(result, EspressoError)
     assert len(result.tensors) == 2000
     assert result.predicted.planned_s < result.predicted.stock_s
-    print(f"{time.monotonic() - started:.1f} s")

@@ -211,6 +211,23 @@ def test_where_backward_hides_everything_it_is_backward():
     assert found.seconds == pytest.approx(slow.compute_s, rel=1e-9)
 
 
+def test_what_the_bound_does_not_see():
+    """Two tensors, of a second each on the link and ready a second apart, and a second of latency per buffer.
+
+    Sent apart they take two latencies, 1 + 2 + 2; sent together they wait for the later one, 2 + 3. The bound counts one latency
+    and no wait: 1 + 3. So a gap can be the bound's fault alone.
+    """
+    routines = [
+        row.model_copy(update={"alpha_s": 1.0, "seconds": tuple(1 + size / 2**22 for size in SIZES), "beta_s_per_byte": 2**-22})
+        for row in cluster_of(random.Random(4), 2, 1).routines
+    ]
+    cluster = cluster_of(random.Random(4), 2, 1).model_copy(update={"routines": tuple(routines)})
+    menu = Menu([Choice(Option.parse("AR.flat"))], Costs(cluster, codec_of(random.Random(4), ["cpu"])))
+    trace = trace_of([(2**20, 1.0), (2**20, 2.0)])
+    assert optimum(trace, menu) == pytest.approx(5.0)
+    assert lower_bound(trace, menu).seconds == pytest.approx(4.0)
+
+
 def test_ways_hold_for_any_larger_unit_and_any_chunks():
     for seed in range(700, 760):
         _, menu, rng = instance(seed)
@@ -246,7 +263,7 @@ def test_the_timeline_keeps_to_the_lemmas():
             for resource, seconds in walk:
                 work[unit, resource] += seconds
         codec, cpu, *links = work.sum(axis=0)
-        share = slowed / (1 + slowed) if codec > 0 else min(1.0, slowed)
+        share = min(1.0, slowed)
         used = sum(load > 0 for load in links)
         delay = link_slowed / (1 + used * link_slowed)
         assert time >= backward_s + codec

@@ -84,13 +84,15 @@ def test_the_error_budget_is_kept_and_used():
         times.append(plan.predicted.planned_s)
     assert errors[0] == 0.0, "a sixth of the elements with the better codec already loses 0.0167"
     assert errors[1] == pytest.approx(0.1 / 6)
-    assert times[-1] == min(times) and times[0] == max(times)
-    assert times[2] < 0.5 * times[0], "the weaker codec for all"
     free = plan_with(*case)
-    assert free.predicted.planned_s == pytest.approx(times[-1])
-    assert error_of(free) == errors[-1]
-    within = [plan_with(*case, error_budget=budget).predicted.planned_s for budget in (0.2, 0.4)]
-    assert times[2] * (1 + 1e-9) >= within[0] >= within[1] * (1 - 1e-9), "more budget, more of the stronger codec"
+    assert (times[-1], errors[-1]) == (free.predicted.planned_s, error_of(free))
+
+
+def test_a_larger_error_budget_never_makes_the_plan_slower():
+    """What keeps to a small budget keeps to a large one: at 0.1 all six tensors may have the codec that loses less."""
+    case = named_case(two_codecs())
+    times = [plan_with(*case, error_budget=budget).predicted.planned_s for budget in (0.01, 0.02, 0.05, 0.09, 0.11, 0.2, 0.4, 0.6)]
+    assert all(after <= before * 1.01 for before, after in itertools.pairwise(times)), times
 
 
 def test_plans_under_a_budget_are_mostly_the_best_there_are():

@@ -4,25 +4,29 @@ A strategy cuts the tensors, in their order, into units, gives each a choice of 
 chunks. Seconds count from the start of backward, which takes b undisturbed; T is the end of the step without forward and after.
 
 Work. Tensor j in any buffer with choice c loads resource r for at least numel_j rate_cr (floors.py). It asks for r only after
-backward has come as far as ready_j. So r, which serves one at a time, is busy after ready_i with all of what tensors i and later
-load it with, and for every i and r
+backward has come as far as ready_j. So r, which serves one at a time, is busy after ready_i with all of what tensors i and
+later load it with, and for every i and r
 
     T >= ready_i + sum over j >= i of numel_j sum_c x_jc rate_cr        x_jc: the share of tensor j that has choice c
 
 Compute. Codec work on the tensor's own device and backward exclude each other: T >= b + all of that work.
 
-CPU. While one second of codec work on the CPU and backward run together, both take 1 + k seconds. Say that s of the S seconds of
-CPU work of tensors i and later are done before backward's end E. What is done beside backward takes longer, and so T >= ready_i +
-S + k s; the rest follows backward, T >= E + S - s. With E >= b, the first plus k times the second, over 1 + k, is
+CPU. While one second of codec work on the CPU and backward run together, both take 1 + k seconds. Say that s of the S seconds
+of CPU work of tensors i and later are done before backward's end E. What is done beside backward takes longer, and so T >=
+ready_i + S + k s; the rest follows backward, T >= E + S - s. Backward loses at least k seconds for each of s, also where it
+stands still for its own device's codec meanwhile: E >= b + k s. If k >= 1, the last two give T >= b + S; else the first, times
+1 - k, plus the second with E >= ready_i + (b - ready_i) + k s, times k, gives T >= ready_i + S + k (b - ready_i). With w =
+min(1, k) that is
 
-    T >= ready_i + S + w (b - ready_i),  w = k / (1 + k)
+    T >= ready_i + S + w (b - ready_i)
 
-Where nothing runs on the tensor's own device, E >= b + k s, and it holds with w = min(1, k). For all work, with g of G seconds on
-the tensor's own device done before E: only CPU work outside those g seconds delays backward, E >= b + g / (1 + k) + k s. With
-T >= E + G - g and T >= E + S - s follows T >= b + (1 - w) G + w S, also where there is no G and w = min(1, k).
+Of all work, what is done after E on the own device, G', or on the CPU, S', makes T >= E + (1 - w) G' + w S'. Before E, a second
+on the own device costs backward that second, of which CPU work beside it may claim k / (1 + k) as its own; 1 / (1 + k) >= 1 - w
+is left. Hence T >= b + (1 - w) G + w S.
 
-Links. Each busy link likewise delays backward by a share of q = l / (1 + n l) of its time at least, where l is the cluster's own
-contention and n the number of links: T >= b + (1 - n q) G + q L, with L the seconds of both links' work.
+Links. Where n links are busy beside backward, it loses n l / (1 + n l) of the time or more, l being the cluster's own
+contention; with q = l / (1 + n l) for the links there are, likewise T >= b + (1 - n q) G + q L, L being the seconds of work on
+all links.
 
 Way. A unit that holds tensor j ends no sooner than ready_j + way_c(numel_j) (floors.py), so T >= ready_j + sum_c x_jc way_c.
 
@@ -30,9 +34,10 @@ A strategy is a solution with x_jc either 0 or 1, hence the least T of all solut
 Tensors between two marks share x, and rows are written at marks only: to leave out rows and to average x keeps the bound valid.
 Choices that would take a tensor alone past a known plan's time need no look: then the bound is that time or the program's.
 
-The program has a few hundred rows and a hundred thousand columns, most of which are of no use: columns are added as the duals ask
-for them. Whatever the solver's duals y >= 0 with sum 1 are, sum over rows of y base + sum over blocks of the least price of any
-choice is a lower bound (weak duality), and it is computed here from all choices: the result does not hang on the solver's word.
+The program has a few hundred rows and a hundred thousand columns, most of which are of no use: columns are added as the duals
+ask for them. Whatever the solver's duals y >= 0 with sum 1 are, sum over rows of y base + sum over blocks of the least price of
+any choice is a lower bound (weak duality), and it is computed here from all choices: the result does not hang on the solver's
+word.
 """
 
 from __future__ import annotations
@@ -153,8 +158,7 @@ def _rows(trace: ModelTrace, menu: Menu, blocks: list[Block]) -> Iterator[Row]:
     every, tensors, backward_s = len(blocks), trace.tensors, trace.backward_s
     used = {resource for resource in Resource if any(block.costs[:, resource].any() for block in blocks)}
     slowed, link_slowed = menu.costs.contention, menu.costs.link_contention
-    own = Resource.COMPUTE in used
-    share = slowed / (1 + slowed) if own else min(1.0, slowed)
+    share = min(1.0, slowed)
     yield Row(backward_s, 0, every, _weights({Resource.COMPUTE: 1.0}), "backward and codec work on its device")
     if slowed > 0 and Resource.CPU in used:
         weights = _weights({Resource.COMPUTE: 1 - share, Resource.CPU: share})

@@ -73,6 +73,10 @@ class Limits:
         others = [other for other in trials.units if other is not pair[0] and other is not pair[1]]
         return self._fits(others, [(pair[0].numel + pair[1].numel, codec)])
 
+    def allow(self, places: Sequence[Unit], unit: Unit) -> bool:
+        """Whether a unit cut from others of the same choices, or moved into them, holds no exact tensor that it may not."""
+        return not (unit.option.compresses and self.is_exact(unit))
+
     def allow_pair(self, trials: Trials, places: tuple[int, int], choices: tuple[int, int]) -> bool:
         """Whether two units may have these choices at once, each of which is allowed for it alone."""
         if not self._caps:

@@ -17,15 +17,19 @@ ROUNDING = 1e-9
 class Trials:
     """Units in plan order and their step time F(S), for the search.
 
-    Places are those of the units given at first. A unit that was merged into the next is gone, its place stays empty.
+    Places are those of the units given at first. A unit that was merged into the next is gone, its place stays empty. With
+    `movable` there is a place for each tensor and a unit has that of its last one, so that units may be cut in other ways.
     """
 
-    def __init__(self, units: Sequence[Unit], trace: ModelTrace, menu: Menu) -> None:
+    def __init__(self, units: Sequence[Unit], trace: ModelTrace, menu: Menu, movable: bool = False) -> None:
         self._trace, self._menu = trace, menu
-        self._units: list[Unit | None] = list(units)
-        self._player = player([unit.ready_s for unit in units], trace.backward_s, menu)
+        self._units: list[Unit | None] = [None] * len(trace.tensors) if movable else list(units)
+        ready = [tensor.ready_s for tensor in trace.tensors] if movable else [unit.ready_s for unit in units]
+        self._player = player(ready, trace.backward_s, menu)
         self._fixed_s = trace.forward_s + trace.after_s
-        for place, unit in enumerate(units):
+        for index, unit in enumerate(units):
+            place = unit.stop - 1 if movable else index
+            self._units[place] = unit
             self._player.set(place, unit.numel, self._choice(unit))
 
     def copy(self) -> Trials:
@@ -114,6 +118,21 @@ class Trials:
         self._units[right] = replace(b, start=a.start, numel=a.numel + b.numel)
         self._player.set(left, 0, -1)
         self.replace(right, choice)
+
+    def time_cut(self, places: Sequence[int], units: Sequence[Unit], limit: float = float("inf")) -> float:
+        """F(S) in seconds if the units at these places were cut in another way; needs `movable`. See `time_with`."""
+        gone = [(place, 0, -1) for place in places if place not in {unit.stop - 1 for unit in units}]
+        changes = [*gone, *((unit.stop - 1, unit.numel, self._choice(unit)) for unit in units)]
+        return self._fixed_s + self._player.attempt(changes, limit - self._fixed_s)
+
+    def cut(self, places: Sequence[int], units: Sequence[Unit]) -> None:
+        """Cut the units at these places in another way for good; needs `movable`."""
+        for place in places:
+            self._units[place] = None
+            self._player.set(place, 0, -1)
+        for unit in units:
+            self._units[unit.stop - 1] = unit
+            self._player.set(unit.stop - 1, unit.numel, self._choice(unit))
 
     def _choice(self, unit: Unit) -> int:
         return self._menu.place[Choice(unit.option, unit.codec if unit.option.compresses else 0)]

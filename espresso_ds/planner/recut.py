@@ -1,0 +1,62 @@
+"""Other cuts of a plan's units: boundaries moved by some tensors, and units split in two.
+
+Uniform starts cut by size alone. Where a boundary lies decides when a unit is ready, and how much is left for the last one, that
+nothing hides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from ..core.profile import ModelTrace
+from .limits import Limits
+from .timeline import Unit
+from .trials import ROUNDING, Trials
+
+MOVES = (1, 2, 4, 8, 16)
+"""By how many tensors a boundary is moved."""
+SPLITS = 7
+"""In how many places a unit is split at most."""
+
+
+def recut(trials: Trials, trace: ModelTrace, limits: Limits) -> bool:
+    """Move boundaries and split units, in place, as long as it gains; whether it did. The trials must be movable."""
+    gained = False
+    for way in (_moved, _split):
+        for places in _groups(trials, 2 if way is _moved else 1):
+            if any(place not in trials.places for place in places):
+                continue  # cut away meanwhile
+            least, best = trials.time * (1 - ROUNDING), None
+            for units in way([trials.at(place) for place in places], trace):
+                if all(limits.allow(trials, places, unit) for unit in units):
+                    time = trials.time_cut(places, units, least)
+                    if time < least:
+                        least, best = time, units
+            if best is not None:
+                trials.cut(places, best)
+                gained = True
+    return gained
+
+
+def _groups(trials: Trials, size: int) -> list[tuple[int, ...]]:
+    return list(pairwise(trials.places)) if size == 2 else [(place,) for place in trials.places]
+
+
+def _moved(units: Sequence[Unit], trace: ModelTrace) -> Iterator[list[Unit]]:
+    left, right = units
+    if left.dtype == right.dtype:
+        for boundary in sorted({left.stop + sign * move for move in MOVES for sign in (-1, 1)}):
+            if left.start < boundary < right.stop:
+                yield [_of(trace, left.start, boundary, left), _of(trace, boundary, right.stop, right)]
+
+
+def _split(units: Sequence[Unit], trace: ModelTrace) -> Iterator[list[Unit]]:
+    (unit,) = units
+    inner = range(unit.start + 1, unit.stop)
+    for boundary in inner[:: max(1, -(-len(inner) // SPLITS))]:
+        yield [_of(trace, unit.start, boundary, unit), _of(trace, boundary, unit.stop, unit)]
+
+
+def _of(trace: ModelTrace, start: int, stop: int, like: Unit) -> Unit:
+    return Unit.of(trace, start, stop, like.option, like.codec)
