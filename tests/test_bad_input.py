@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from planner_cases import cluster_of, codecs_of, nested_cluster_of, trace_of
 
@@ -86,13 +86,14 @@ GOOD = good()
 PLACES = [(name, path) for name in KINDS for path in places(GOOD[name])]
 ODD = st.one_of(
     st.sampled_from(
-        [0, -1, -0.5, 1e-300, 5e-324, 1e9, 10**9, 1e15, 2**53, 2**63, 10**30, 1e300, 1.7e308, math.nan, math.inf, -math.inf, None, "x", []]
+        [0, -1, -0.5, 1e-300, 5e-324, 1e9, 10**9, 1e15, 2**63, 10**30, 1e300, 1.7e308, math.nan, math.inf, -math.inf, None, "x"]
     ),
     st.floats(allow_nan=True, allow_infinity=True),
     st.integers(-(2**70), 2**70),
 )
 
 
+@example(changes=[(("cluster", ("routines", 0, "beta_s_per_byte")), 1.7e308)])
 @given(changes=st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=2))
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_number_of_any_file_may_be_anything(changes):
@@ -150,7 +151,12 @@ def test_extreme_but_sound_profiles_get_a_plan(rows, shape, alpha, rate, encode,
     [
         ("trace", ("tensors", 1, "ready_s"), -0.5, r"trace\.json: tensors\.1\.ready_s is -0\.5"),
         ("trace", ("tensors", 0, "ready_s"), math.nan, r"tensors\.0\.ready_s is nan"),
-        ("trace", ("tensors", 2, "ready_s"), 50.0, r"'t2' is ready after 50 s, but backward takes 0\.05 s; give all times in seconds"),
+        (
+            "trace",
+            ("tensors", 2, "ready_s"),
+            50.0,
+            r"'t2' is ready after 50 s, but backward takes 0\.05 s; give all times in seconds",
+        ),
         ("trace", ("backward_s",), 0, r"backward_s is 0"),
         ("trace", ("backward_s",), math.inf, r"backward_s is inf"),
         ("trace", ("tensors", 0, "numel"), 0, r"tensors\.0\.numel is 0"),
@@ -160,7 +166,12 @@ def test_extreme_but_sound_profiles_get_a_plan(rows, shape, alpha, rate, encode,
         ("cluster", ("routines", 0, "seconds", 1), math.nan, r"routines\.0\.seconds\.1 is nan"),
         ("cluster", ("routines", 0, "seconds", 1), math.inf, r"routines\.0\.seconds\.1 is inf"),
         ("cluster", ("routines", 0, "beta_s_per_byte"), math.inf, r"routines\.0\.beta_s_per_byte is inf"),
-        ("cluster", ("routines", 0, "nbytes"), [64, 16, 1024], r"AR\.flat of 2 ranks: sample sizes \[64, 16, 1024\] do not ascend"),
+        (
+            "cluster",
+            ("routines", 0, "nbytes"),
+            [64, 16, 1024],
+            r"AR\.flat of 2 ranks: sample sizes \[64, 16, 1024\] do not ascend",
+        ),
         ("cluster", ("routines", 0, "seconds"), [1.0], r"columns have lengths 3, 1"),
         ("cluster", ("routines",), [], r"AR\.flat|no routine of an uncompressed option was measured"),
         ("cluster", ("hosts",), [], r"traced with 2 ranks|hosts"),

@@ -4,7 +4,17 @@ import itertools
 import random
 
 import pytest
-from planner_cases import cluster_of, codecs_of, flat_options, menu_of, random_case, random_nested_case, several, small_menu, trace_of
+from planner_cases import (
+    cluster_of,
+    codecs_of,
+    flat_options,
+    menu_of,
+    random_case,
+    random_nested_case,
+    several,
+    small_menu,
+    trace_of,
+)
 
 from espresso_ds.core.config import CompressorSettings, Constraints
 from espresso_ds.core.errors import FileError
@@ -91,7 +101,9 @@ def test_the_error_budget_is_kept_and_used():
 def test_a_larger_error_budget_never_makes_the_plan_slower():
     """What keeps to a small budget keeps to a large one: at 0.1 all six tensors may have the codec that loses less."""
     case = named_case(two_codecs())
-    times = [plan_with(*case, error_budget=budget).predicted.planned_s for budget in (0.01, 0.02, 0.05, 0.09, 0.11, 0.2, 0.4, 0.6)]
+    times = [
+        plan_with(*case, error_budget=budget).predicted.planned_s for budget in (0.01, 0.02, 0.05, 0.09, 0.11, 0.2, 0.4, 0.6)
+    ]
     assert all(after <= before * 1.01 for before, after in itertools.pairwise(times)), times
 
 
@@ -101,7 +113,9 @@ def test_plans_under_a_budget_are_mostly_the_best_there_are():
     for _ in range(rounds):
         trace, cluster, one = random_case(rng, tensors=3)
         codecs = several(one, random_case(rng, tensors=1)[2], errors=(0.5, 0.2))
-        menu = small_menu(trace, cluster, codecs, ["AR.flat", GATHERED, "C.cpu A2A.flat D.cpu AG.flat", "RS.flat C.cpu AG.flat D.cpu"])
+        menu = small_menu(
+            trace, cluster, codecs, ["AR.flat", GATHERED, "C.cpu A2A.flat D.cpu AG.flat", "RS.flat C.cpu AG.flat D.cpu"]
+        )
         budget = rng.choice([0.1, 0.25, 0.4])
         units = [Unit.of(trace, i, i + 1) for i in range(3)]
         total = sum(unit.numel for unit in units)

@@ -165,7 +165,9 @@ def test_without_the_library_all_plans_are_the_same_with_one_warning(without_lib
     small = [make_case(rng, tensors=4, device="cpu") for make_case in (random_case, random_nested_case, random_case)]
 
     def plans():
-        return [[best_plan(case[0], menu, Limits(case[0], menu), fused=fused) for fused in (False, True)] for case, menu in menus()]
+        return [
+            [best_plan(case[0], menu, Limits(case[0], menu), fused=fused) for fused in (False, True)] for case, menu in menus()
+        ]
 
     def menus():
         return [(case, menu_of(*case, Constraints(max_compressions=1))) for case in small]

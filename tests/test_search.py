@@ -110,7 +110,7 @@ def test_progress_says_what_is_tried():
     best_plan(case[0], menu_of(*case), progress=lambda *told: seen.append(told))
     assert [done for _, done, _ in seen] == list(range(len(seen)))
     assert all(done < total for _, done, total in seen) and len({total for *_, total in seen}) == 1
-    assert seen[0][0] == "planning" and "units" in seen[-1][0]
+    assert len(seen) > 1 and all("units" in stage for stage, *_ in seen)
 
 
 def test_uncompressed_plans_are_better_than_every_bucket_size_of_one_kind():
@@ -170,7 +170,7 @@ def test_least_loaded_is_least_by_the_definition():
                     load[resource] += seconds
                 return max(load)
 
-            found = least_loaded(trace, menu)
+            found = least_loaded(trace, menu, 4)
             lossy = [choice for choice in found if menu.choices[choice].option.compresses]
             plain = [choice for choice in found if choice not in lossy]
             assert found == plain + lossy and plain and lossy
@@ -192,7 +192,10 @@ def test_two_codecs_are_as_good_as_the_better_and_both_are_used():
             menu = menu_of(trace, cluster, codecs)
             plans[name] = best_plan(trace, menu)
         assert trace.compute_s <= (both := iteration_time(plans["both"], trace, menu.costs))
-        alone = [Trials(plans[name], trace, menu_of(trace, cluster, each)).time for name, each in (("quick", quick), ("strong", strong))]
+        alone = [
+            Trials(plans[name], trace, menu_of(trace, cluster, each)).time
+            for name, each in (("quick", quick), ("strong", strong))
+        ]
         assert both <= min(alone) * 1.01
         both_used += {unit.codec for unit in plans["both"] if unit.option.compresses} == {0, 1}
     assert both_used > 3

@@ -73,9 +73,15 @@ class Limits:
         others = [other for other in trials.units if other is not pair[0] and other is not pair[1]]
         return self._fits(others, [(pair[0].numel + pair[1].numel, codec)])
 
-    def allow(self, places: Sequence[Unit], unit: Unit) -> bool:
-        """Whether a unit cut from others of the same choices, or moved into them, holds no exact tensor that it may not."""
-        return not (unit.option.compresses and self.is_exact(unit))
+    def allow_cut(self, trials: Trials, places: Sequence[int], units: Sequence[Unit]) -> bool:
+        """Whether these units may take the place of those at the places."""
+        if any(unit.option.compresses and self.is_exact(unit) for unit in units):
+            return False
+        if not self._caps:
+            return True
+        own = {id(trials.at(place)) for place in places}
+        others = [unit for unit in trials.units if id(unit) not in own]
+        return self._fits(others, [(unit.numel, unit.codec) for unit in units if unit.option.compresses])
 
     def allow_pair(self, trials: Trials, places: tuple[int, int], choices: tuple[int, int]) -> bool:
         """Whether two units may have these choices at once, each of which is allowed for it alone."""

@@ -29,7 +29,7 @@ def recut(trials: Trials, trace: ModelTrace, limits: Limits) -> bool:
                 continue  # cut away meanwhile
             least, best = trials.time * (1 - ROUNDING), None
             for units in way([trials.at(place) for place in places], trace):
-                if all(limits.allow(trials, places, unit) for unit in units):
+                if limits.allow_cut(trials, places, units):
                     time = trials.time_cut(places, units, least)
                     if time < least:
                         least, best = time, units

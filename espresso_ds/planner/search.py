@@ -27,6 +27,8 @@ from .improve import descend, drop_idle, exchange, kick, polish
 from .limits import Limits
 from .menu import NO_CODEC, Chosen, Menu
 from .offload import algorithm_2
+from .quick_bounds import last_bound_s, singles_bound_s
+from .recut import recut
 from .timeline import Unit
 from .trials import ROUNDING, Trials
 
@@ -36,6 +38,11 @@ STARTS = 6
 """Uniform plans that are improved."""
 FEW, KICKS = 200, 800
 """A model of n tensors gets FEW / n^2 starts if that is more, and KICKS / n^2 kicks: cheap there, and there greed fails most."""
+
+ENOUGH = 1e-4
+"""A plan that is at most so much slower than a bound of all plans needs no better one."""
+LARGE = 500
+"""From so many tensors on, Algorithms 1 and 2, whose time grows with the square, run only if it is not proven that they lose."""
 
 Cut = Sequence[tuple[int, int]]
 """Runs of tensors (start, stop), each a unit."""
@@ -66,16 +73,25 @@ def best_plan(
         fused: whether tensors may share a buffer.
     """
     limits = limits or Limits(trace, menu)
-    progress("planning", 0, STARTS + 2)
-    found = [published(trace, menu, limits)]
     every = [(index, index + 1) for index in range(len(trace.tensors))]
+    found = []
+    if len(every) <= LARGE:
+        found.append(published(trace, menu, limits))
+        if found[0].time <= last_bound_s(trace, menu) * (1 + ENOUGH):
+            if fused:
+                fuse(found[0], limits)
+            return found[0].units
     starts = uniform_plans(partitions(trace, limits.exact) if fused else [every], trace, menu, limits)
     for done, trials in enumerate(starts):
-        progress(f"planning in {len(trials.units)} units", done + 1, STARTS + 2)
+        progress(f"planning in {len(trials.units)} units", done, len(starts) + 1)
         found.append(_improve(trials, menu, limits, fused))
+    if len(every) > LARGE and singles_bound_s(trace, menu) < min(trials.time for trials in found):
+        progress("planning every tensor by itself", len(starts), len(starts) + 1)
+        found.append(published(trace, menu, limits))
     found.sort(key=lambda trials: trials.time)
     different = {round(trials.time, 12): trials for trials in reversed(found)}
-    deep = [_improve_deeply(different[time], menu, limits, fused) for time in sorted(different)[: max(1, _few(trace, FEW))]]
+    few = max(1, _few(trace, FEW))
+    deep = [_improve_deeply(different[time], trace, menu, limits, fused) for time in sorted(different)[:few]]
     best = min(deep, key=lambda trials: trials.time)
     while kick(best, menu, limits, _few(trace, KICKS)):
         exchange(best, menu, limits)
@@ -104,12 +120,15 @@ def _improve(trials: Trials, menu: Menu, limits: Limits, fused: bool) -> Trials:
     return trials
 
 
-def _improve_deeply(trials: Trials, menu: Menu, limits: Limits, fused: bool) -> Trials:
+def _improve_deeply(trials: Trials, trace: ModelTrace, menu: Menu, limits: Limits, fused: bool) -> Trials:
     before = float("inf")
     while trials.time < before * (1 - ROUNDING):
         before = trials.time
-        trials = _improve(trials.copy(), menu, limits, fused)
-        trials = trials.copy()
+        if fused:
+            movable = Trials(trials.units, trace, menu, movable=True)
+            recut(movable, trace, limits)
+            trials = movable.copy()
+        trials = _improve(trials.copy(), menu, limits, fused).copy()
         polish(trials, menu, limits)
         exchange(trials, menu, limits)
     return trials
