@@ -14,6 +14,7 @@ from .option import Option
 from .record import FileRecord, Record, fingerprint, load_json, write_json
 
 BLOCK = "espresso"
+_SHARED = ("option", "codec", "chunk_numel", "dtype")  # by the tensors of a unit
 
 
 class TensorDecision(Record):
@@ -26,6 +27,7 @@ class TensorDecision(Record):
     option: str
     codec: NonNegativeInt = Field(0, description="which of the plan's compressors, where the option compresses")
     unit: NonNegativeInt
+    chunk_numel: PositiveInt | None = Field(None, description="the compressed unit travels in chunks of about so many elements")
     firings: PositiveInt = 1
     saves_s: float = Field(0.0, description="predicted step time lost if this tensor's unit were sent uncompressed instead")
     why: str = Field("", description="the planner's reason, for people")
@@ -84,7 +86,6 @@ class Plan(FileRecord):
     profiles: dict[str, str] = Field(description="fingerprints of the trace, cluster and compressor profiles")
     compressors: tuple[CompressorSettings, ...] = Field(min_length=1)
     predicted: Prediction
-    chunk_numel: PositiveInt | None = Field(None, description="larger compressed units travel in chunks of so many elements")
     tensors: tuple[TensorDecision, ...]
     seal: str = ""
 
@@ -115,11 +116,9 @@ class Plan(FileRecord):
         for before, after in zip(self.tensors, self.tensors[1:], strict=False):
             if after.unit not in (before.unit, before.unit + 1):
                 raise FileError(f"{where}: tensor {after.name!r} has unit {after.unit} after unit {before.unit}")
-            shared = (before.option, before.codec, before.dtype) == (after.option, after.codec, after.dtype)
-            if after.unit == before.unit and not shared:
-                raise FileError(
-                    f"{where}: tensors {before.name!r} and {after.name!r} share unit {after.unit}, but not option, codec, dtype"
-                )
+            fault = next((key for key in _SHARED if getattr(before, key) != getattr(after, key)), None)
+            if after.unit == before.unit and fault:
+                raise FileError(f"{where}: tensors {before.name!r} and {after.name!r} share unit {after.unit}, but not {fault}")
         if odd := next((tensor for tensor in self.tensors if tensor.codec >= len(self.compressors)), None):
             raise FileError(
                 f"{where}: tensor {odd.name!r} has codec {odd.codec}, but the plan has {len(self.compressors)} compressors, from 0"

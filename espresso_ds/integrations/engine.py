@@ -149,7 +149,7 @@ def _units(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> list[tuple[
         option = Option.parse(tensors[0].option)
         label = tensors[0].name if len(tensors) == 1 else f"{tensors[0].name} (+{len(tensors) - 1})"
         numel = sum(tensor.numel for tensor in tensors)
-        lengths = chunk_lengths(numel, plan.chunk_numel if option.compresses else None, dist.get_world_size())
+        lengths = chunk_lengths(numel, tensors[0].chunk_numel if option.compresses else None, dist.get_world_size())
         labels = [label] if len(lengths) == 1 else [f"{label} [{place}]" for place in range(len(lengths))]
         codec = tensors[0].codec
         chunks = [Unit(next(index), text, length, option, codec) for text, length in zip(labels, lengths, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..core.config import Constraints, EspressoBlock
 from ..core.errors import FileError, MismatchError
@@ -10,7 +11,6 @@ from ..core.option import Device, Option
 from ..core.plan import MadeFor, Plan, Prediction, TensorDecision
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from .bound import lower_bound
-from .chunk import best_chunk, chunked
 from .cost import Costs
 from .improve import spare
 from .limits import Limits
@@ -69,16 +69,14 @@ def make_plan(
     limits = Limits(trace, menu, exact, constraints.residual_bytes, error_budget)
     plain = best_uncompressed(trace, menu)
     units = plain if uncompressed else _worthwhile(plain, trace, menu, limits, thrift, progress)
-    chunk_numel = None if uncompressed else best_chunk(units, trace, menu)
-    pieces = chunked(units, chunk_numel, costs.world)
-    planned_s = Trials(pieces, trace, menu).time
+    planned_s = Trials(units, trace, menu).time
     predicted = Prediction(
         compute_s=trace.compute_s,
         stock_s=stock_time(trace, costs),
         uncompressed_s=Trials(plain, trace, menu).time,
         planned_s=planned_s,
         uncompressed_bytes=_sent_bytes(plain, costs),
-        planned_bytes=_sent_bytes(pieces, costs),
+        planned_bytes=_sent_bytes(units, costs),
         lower_bound_s=lower_bound(trace, menu, planned_s, exact).seconds,
         free_compression_s=free_compression_s(trace, menu, limits, planned_s),
     )
@@ -92,6 +90,7 @@ def make_plan(
             option=str(unit.option),
             codec=unit.codec,
             unit=number,
+            chunk_numel=unit.chunk_numel if unit.option.compresses else None,
             firings=tensor.firings,
             saves_s=saves_s,
             why=text,
@@ -107,7 +106,6 @@ def make_plan(
         profiles=fingerprints,
         compressors=tuple(codec.compressor for codec in compressors.codecs),
         predicted=predicted,
-        chunk_numel=chunk_numel,
         tensors=tensors,
     ).sealed()
 
@@ -125,8 +123,8 @@ def make_menu(trace: ModelTrace, costs: Costs, constraints: Constraints = NO_CON
         devices = tuple(device for device in usable if device in measured)
         if not devices:
             raise FileError(
-                f"compressor profile: {codec.compressor.name} was measured on {', '.join(sorted(measured)) or 'no device'}, but the "
-                f"model was traced on {trace.device}; measure there with `{CompressorProfile.MADE_BY}`"
+                f"compressor profile: {codec.compressor.name} was measured on {', '.join(sorted(measured)) or 'no device'}, "
+                f"but the model was traced on {trace.device}; measure there with `{CompressorProfile.MADE_BY}`"
             )
         if constraints.summable_only and not codec.summable:
             continue
@@ -197,7 +195,7 @@ def timelines_of(plan: Plan, trace: ModelTrace, cluster: ClusterProfile, compres
     return {
         "DeepSpeed": stock_timeline(trace, costs),
         "uncompressed, overlapped": simulate(plain, trace, costs),
-        "planned": simulate(chunked(units_of(plan, trace), plan.chunk_numel, costs.world), trace, costs),
+        "planned": simulate(units_of(plan, trace), trace, costs),
     }
 
 
@@ -205,7 +203,8 @@ def units_of(plan: Plan, trace: ModelTrace) -> list[Unit]:
     """The units of a plan whose tensors are those of `trace`, in its order."""
     units, start = [], 0
     for group in plan.units():
-        units.append(Unit.of(trace, start, start + len(group), Option.parse(group[0].option), group[0].codec))
+        unit = Unit.of(trace, start, start + len(group), Option.parse(group[0].option), group[0].codec)
+        units.append(replace(unit, chunk_numel=group[0].chunk_numel))
         start += len(group)
     return units
 
@@ -222,4 +221,5 @@ def _check_worlds(trace: ModelTrace, cluster: ClusterProfile) -> None:
 
 
 def _sent_bytes(units: Sequence[Unit], costs: Costs) -> int:
-    return round(sum(costs.walk(unit.option, unit.numel, unit.codec).sent_bytes for unit in units))
+    pieces = (piece for unit in units for piece in unit.pieces(costs.world))
+    return round(sum(costs.walk(piece.option, piece.numel, piece.codec).sent_bytes for piece in pieces))

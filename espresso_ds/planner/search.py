@@ -21,6 +21,7 @@ import numpy as np
 
 from ..core.profile import ModelTrace
 from .cost import Resource
+from .chunk import cut_into_chunks
 from .decide import algorithm_1
 from .fuse import fuse, partitions, singles
 from .improve import descend, drop_idle, exchange, kick, polish
@@ -70,7 +71,7 @@ def best_plan(
         menu: the choices for every unit.
         limits: what the plan must keep to.
         progress: called with (what is tried, starts done, all starts).
-        fused: whether tensors may share a buffer.
+        fused: whether tensors may share a buffer and buffers travel in chunks.
     """
     limits = limits or Limits(trace, menu)
     every = [(index, index + 1) for index in range(len(trace.tensors))]
@@ -95,7 +96,7 @@ def best_plan(
     best = min(deep, key=lambda trials: trials.time)
     while kick(best, menu, limits, _few(trace, KICKS)):
         exchange(best, menu, limits)
-    return best.units
+    return cut_into_chunks(best.units, trace, menu, limits) if fused else best.units
 
 
 def _few(trace: ModelTrace, most: int) -> int:

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ..core.chunks import chunk_lengths
 from ..core.errors import FileError
 from ..core.option import UNCOMPRESSED, Level, Option, Task
 from ..core.profile import ModelTrace
@@ -44,7 +45,8 @@ STOCK_BUCKET_NUMEL = 500_000_000
 class Unit:
     """The tensors `trace.tensors[start:stop]` as one buffer.
 
-    Elements, seconds from start of backward until ready, option, and which codec it uses where it compresses.
+    Elements, seconds from start of backward until ready, option, which codec it uses where it compresses, and then the elements
+    of its chunks, if it travels in chunks.
     """
 
     start: int
@@ -54,6 +56,7 @@ class Unit:
     ready_s: float
     option: Option
     codec: int = 0
+    chunk_numel: int | None = None
 
     @classmethod
     def of(cls, trace: ModelTrace, start: int, stop: int, option: Option = UNCOMPRESSED, codec: int = 0) -> Unit:
@@ -65,6 +68,13 @@ class Unit:
             )
         numel, ready_s = sum(t.numel for t in tensors), max(t.ready_s for t in tensors)
         return cls(start, stop, numel, tensors[0].dtype, ready_s, option, codec)
+
+    def pieces(self, world_size: int) -> list[Unit]:
+        """What it travels as: itself, or a unit for each of its chunks."""
+        if self.chunk_numel is None or not self.option.compresses:
+            return [self]
+        lengths = chunk_lengths(self.numel, self.chunk_numel, world_size)
+        return [replace(self, numel=length, chunk_numel=None) for length in lengths]
 
     def name(self, trace: ModelTrace) -> str:
         """Name of its first tensor, and how many more there are."""
@@ -146,6 +156,7 @@ class Timeline:
 
 def iteration_time(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> float:
     """F(S) in seconds: the step time with these units, in plan order. Raises FileError (a cost was not measured)."""
+    units = [piece for unit in units for piece in unit.pieces(costs.world)]
     walks = [costs.walk(unit.option, unit.numel, unit.codec).lean for unit in units]
     ends = play(walks, [unit.ready_s for unit in units], trace.backward_s, costs.contention, costs.link_contention)
     return trace.forward_s + max(ends) + trace.after_s
@@ -153,6 +164,7 @@ def iteration_time(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> fl
 
 def simulate(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> Timeline:
     """The whole timeline of a step with these units, in plan order. Raises FileError (a cost was not measured)."""
+    units = [piece for unit in units for piece in unit.pieces(costs.world)]
     walks = [costs.walk(unit.option, unit.numel, unit.codec) for unit in units]
     log: list[tuple[int, int, int, float, float]] = []
     ready = [unit.ready_s for unit in units]

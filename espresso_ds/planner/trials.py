@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..core.profile import ModelTrace
 from .menu import Choice, Chosen, Menu
-from .player import player
+from .player import Change, player
 from .timeline import Unit
 
 ROUNDING = 1e-9
@@ -23,14 +23,22 @@ class Trials:
 
     def __init__(self, units: Sequence[Unit], trace: ModelTrace, menu: Menu, movable: bool = False) -> None:
         self._trace, self._menu = trace, menu
-        self._units: list[Unit | None] = [None] * len(trace.tensors) if movable else list(units)
-        ready = [tensor.ready_s for tensor in trace.tensors] if movable else [unit.ready_s for unit in units]
-        self._player = player(ready, trace.backward_s, menu)
         self._fixed_s = trace.forward_s + trace.after_s
+        if movable:
+            assert not any(unit.chunk_numel for unit in units), "chunks are for units that stay as they are"
+            self._units: list[Unit | None] = [None] * len(trace.tensors)
+            self._pieces = [[(place, 0)] for place in range(len(trace.tensors))]
+            ready = [tensor.ready_s for tensor in trace.tensors]
+        else:
+            self._units = list(units)
+            self._pieces, ready = [], []
+            for unit in units:
+                lengths = [piece.numel for piece in unit.pieces(menu.costs.world)]
+                self._pieces.append(list(enumerate(lengths, len(ready))))
+                ready += [unit.ready_s] * len(lengths)
+        self._player = player(ready, trace.backward_s, menu)
         for index, unit in enumerate(units):
-            place = unit.stop - 1 if movable else index
-            self._units[place] = unit
-            self._player.set(place, unit.numel, self._choice(unit))
+            self._set(unit.stop - 1 if movable else index, unit)
 
     def copy(self) -> Trials:
         """The same plan, to be changed on its own. Places are kept only if no unit was merged."""
@@ -57,7 +65,10 @@ class Trials:
 
         It does not hold where a busy link slows the backward: to send a hidden unit faster then leaves more to the backward.
         """
-        return self._player.hidden() if self._menu.costs.link_contention == 0.0 else 0
+        if self._menu.costs.link_contention > 0.0:
+            return 0
+        played = self._player.hidden()
+        return sum(pieces[-1][0] < played for pieces in self._pieces)
 
     def at(self, place: int) -> Unit:
         """The unit at a place."""
@@ -72,8 +83,7 @@ class Trials:
     def replace(self, place: int, choice: int) -> None:
         """Give the unit another choice for good."""
         chosen = self._menu.choices[choice]
-        self._units[place] = replace(self.at(place), option=chosen.option, codec=chosen.codec)
-        self._player.set(place, self.at(place).numel, choice)
+        self._set(place, replace(self.at(place), option=chosen.option, codec=chosen.codec))
 
     def replace_all(self, changes: Sequence[tuple[int, int]]) -> None:
         """Give several (place, choice) for good."""
@@ -88,35 +98,48 @@ class Trials:
         """The same with several units' choices replaced."""
         if not changes:
             return self.time
-        known = [(place, self.at(place).numel, choice) for place, choice in changes]
+        known = [change for place, choice in changes for change in self._changes(place, self.at(place).numel, choice)]
         return self._fixed_s + self._player.attempt(known, limit - self._fixed_s)
 
     def best(self, place: int, choices: Chosen, below: float) -> tuple[float, int]:
         """The choice with the least F(S) if that is at most `below`, else (below, -1). Ties go to the first of `choices`."""
-        end, choice = self._player.best(place, self.at(place).numel, choices, below - self._fixed_s)
-        return self._fixed_s + end, choice
+        if len(self._pieces[place]) == 1:
+            end, choice = self._player.best(self._pieces[place][0][0], self.at(place).numel, choices, below - self._fixed_s)
+            return self._fixed_s + end, choice
+        least, found = below, -1
+        for choice in choices.tolist():
+            time = self.time_with(place, choice, least)
+            if time < least or (time == least and found < 0):
+                least, found = time, choice
+        return least, found
 
     def best_pair(self, left: int, right: int, choices: tuple[Chosen, Chosen], below: float) -> tuple[int, int] | None:
-        """The choices of two units, the earlier one first, with the least F(S) below `below`, if there are any."""
+        """The choices of two units, the earlier one first, with the least F(S) below `below`, if there are any.
+
+        Units that travel in chunks are left as they are.
+        """
+        if len(self._pieces[left]) + len(self._pieces[right]) > 2:
+            return None
+        slots = self._pieces[left][0][0], self._pieces[right][0][0]
         numels = self.at(left).numel, self.at(right).numel
-        _, pair = self._player.best_pair((left, right), numels, choices, below - self._fixed_s)
+        _, pair = self._player.best_pair(slots, numels, choices, below - self._fixed_s)
         return pair
 
     def gain_at_most(self, place: int, limit: float = float("inf")) -> float:
         """Seconds that the step would be shorter if the unit were not there: more than any choice can be expected to gain."""
-        return self.time - self._fixed_s - self._player.attempt([(place, 0, -1)], limit)
+        return self.time - self._fixed_s - self._player.attempt(self._changes(place, 0, -1), limit)
 
     def time_merged(self, left: int, right: int, choice: int, limit: float = float("inf")) -> float:
         """F(S) in seconds if two neighbours of one dtype travelled as one buffer with this choice; see `time_with`."""
-        changes = [(left, 0, -1), (right, self.at(left).numel + self.at(right).numel, choice)]
+        numel = self.at(left).numel + self.at(right).numel
+        changes = [*self._changes(left, 0, -1), *self._changes(right, numel, choice)]
         return self._fixed_s + self._player.attempt(changes, limit - self._fixed_s)
 
     def merge(self, left: int, right: int, choice: int) -> None:
         """Fuse two neighbours for good, at the place of the later one, which is ready last."""
         a, b = self.at(left), self.at(right)
-        self._units[left] = None
+        self._set(left, None)
         self._units[right] = replace(b, start=a.start, numel=a.numel + b.numel)
-        self._player.set(left, 0, -1)
         self.replace(right, choice)
 
     def time_cut(self, places: Sequence[int], units: Sequence[Unit], limit: float = float("inf")) -> float:
@@ -128,11 +151,24 @@ class Trials:
     def cut(self, places: Sequence[int], units: Sequence[Unit]) -> None:
         """Cut the units at these places in another way for good; needs `movable`."""
         for place in places:
-            self._units[place] = None
-            self._player.set(place, 0, -1)
+            self._set(place, None)
         for unit in units:
-            self._units[unit.stop - 1] = unit
-            self._player.set(unit.stop - 1, unit.numel, self._choice(unit))
+            self._set(unit.stop - 1, unit)
+
+    def _set(self, place: int, unit: Unit | None) -> None:
+        self._units[place] = unit
+        numel, choice = (0, -1) if unit is None else (unit.numel, self._choice(unit))
+        for change in self._changes(place, numel, choice):
+            self._player.set(*change)
+
+    def _changes(self, place: int, numel: int, choice: int) -> list[Change]:
+        """What the player has to change if the place gets a unit of so many elements with this choice."""
+        pieces = self._pieces[place]
+        if len(pieces) == 1:
+            return [(pieces[0][0], numel, choice)]
+        if choice >= 0 and self._menu.choices[choice].option.compresses:
+            return [(slot, length, choice) for slot, length in pieces]
+        return [(pieces[0][0], numel, choice), *((slot, 0, -1) for slot, _ in pieces[1:])]  # only compressed units are cut
 
     def _choice(self, unit: Unit) -> int:
         return self._menu.place[Choice(unit.option, unit.codec if unit.option.compresses else 0)]
