@@ -13,7 +13,6 @@ from espresso_ds.core.errors import FileError, MismatchError
 from espresso_ds.core.option import Option
 from espresso_ds.core.plan import load_plan_file, save_plan_file
 from espresso_ds.planner.build import in_wire_order, make_plan, timelines_of, units_of
-from espresso_ds.planner.chunk import chunked
 from espresso_ds.planner.cost import Costs
 from espresso_ds.planner.render import draw, explain
 from espresso_ds.planner.timeline import iteration_time, stock_time
@@ -43,10 +42,11 @@ def test_the_plan_is_complete_and_says_what_the_timeline_says(profiles):
     assert plan.profiles == {"trace": trace.fingerprint, "cluster": cluster.fingerprint, "compressors": codecs.fingerprint}
 
     costs, ordered = Costs(cluster, codecs), in_wire_order(trace)
-    units = chunked(units_of(plan, ordered), plan.chunk_numel, 2)
+    units = units_of(plan, ordered)
+    pieces = [piece for unit in units for piece in unit.pieces(2)]
     predicted = plan.predicted
     assert predicted.planned_s == pytest.approx(iteration_time(units, ordered, costs))
-    assert predicted.planned_bytes == round(sum(costs.walk(u.option, u.numel).sent_bytes for u in units))
+    assert predicted.planned_bytes == round(sum(costs.walk(p.option, p.numel).sent_bytes for p in pieces))
     assert predicted.uncompressed_bytes == 4 * sum(SIZES)
     assert predicted.stock_s == pytest.approx(stock_time(trace, costs))
     assert predicted.compute_s == trace.compute_s < predicted.planned_s < predicted.uncompressed_s < predicted.stock_s

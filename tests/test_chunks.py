@@ -1,10 +1,11 @@
 """Chunks: planner and runtime cut alike, and what is sent is the same tensor."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
-from planner_cases import cluster_of, codecs_of, small_menu, trace_of
+from planner_cases import cluster_of, codecs_of, menu_of, random_case, random_nested_case, small_menu, trace_of
 from ranks import DEADLINE_S, Ranks
 
 from espresso_ds.compressors import registry
@@ -12,8 +13,11 @@ from espresso_ds.core.chunks import chunk_lengths
 from espresso_ds.core.config import CompressorSettings
 from espresso_ds.core.option import Option
 from espresso_ds.feedback import Feedback
-from espresso_ds.planner.chunk import best_chunk, chunked
+from espresso_ds.planner.chunk import chunked, cut_into_chunks
+from espresso_ds.planner.limits import Limits
+from espresso_ds.planner.search import best_plan
 from espresso_ds.planner.timeline import Unit, iteration_time
+from espresso_ds.planner.trials import Trials
 from espresso_ds.runtime.executor import Compressor, Executor
 from espresso_ds.runtime.executor import Unit as RuntimeUnit
 from espresso_ds.runtime.lanes import Lanes
@@ -44,15 +48,36 @@ def test_the_planner_cuts_large_compressed_units_where_it_pays():
     menu = small_menu(trace, cluster, codecs, ["AR.flat", GATHERED])
     costs = menu.costs
     units = [Unit.of(trace, 0, 1, GATHERED)]
-    size = best_chunk(units, trace, menu)
-    assert size is not None
-    whole, cut = (iteration_time(chunked(units, chunk, 2), trace, costs) for chunk in (None, size))
+    (cut,) = cut_into_chunks(units, trace, menu, Limits(trace, menu))
+    assert cut.chunk_numel is not None
+    assert [piece.numel for piece in cut.pieces(2)] == chunk_lengths(1 << 24, cut.chunk_numel, 2)
+    assert chunked(units, cut.chunk_numel, 2) == cut.pieces(2)
     serial = costs.walk(GATHERED, 1 << 24).lean
+    whole = iteration_time(units, trace, costs)
     assert whole == pytest.approx(trace.compute_s + sum(seconds for _, seconds in serial))
-    assert cut < whole - 0.5 * serial[0][1]
+    assert iteration_time([cut], trace, costs) < whole - 0.5 * serial[0][1]
+    assert iteration_time([cut], trace, costs) == iteration_time(cut.pieces(2), trace, costs)
     uncompressed = [dataclasses.replace(units[0], option=Option.parse("AR.flat"))]
-    assert chunked(uncompressed, size, 2) == uncompressed
-    assert best_chunk(uncompressed, trace, menu) is None
+    assert cut_into_chunks(uncompressed, trace, menu, Limits(trace, menu)) == uncompressed
+    assert [piece.numel for piece in chunked(uncompressed, 1 << 20, 2)] == [1 << 24]
+
+
+@pytest.mark.parametrize("make_case", [random_case, random_nested_case])
+def test_chunks_never_hurt(make_case):
+    """The step with the chunks that were chosen, played from scratch, against the same units whole."""
+    rng, some = random.Random(1), 0
+    for _ in range(15):
+        case = make_case(rng, tensors=4)
+        trace, menu = case[0], menu_of(*case)
+        tensors = tuple(t.model_copy(update={"numel": 8 * t.numel}) for t in trace.tensors)
+        trace = trace.model_copy(update={"tensors": tensors})
+        units = best_plan(trace, menu)
+        cut = cut_into_chunks(units, trace, menu, Limits(trace, menu))
+        assert [(u.start, u.stop, u.numel) for u in cut] == [(u.start, u.stop, u.numel) for u in units]
+        assert iteration_time(cut, trace, menu.costs) <= iteration_time(units, trace, menu.costs) * (1 + 1e-9)
+        assert Trials(cut, trace, menu).time == pytest.approx(iteration_time(cut, trace, menu.costs), rel=1e-12)
+        some += any(unit.chunk_numel for unit in cut)
+    assert some > 2
 
 
 @pytest.mark.parametrize("option", [GATHERED, DIVIDED], ids=str)

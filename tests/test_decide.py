@@ -154,11 +154,11 @@ def test_compress_nothing_where_codecs_are_slower_than_the_link():
 
 def test_compress_nothing_for_a_gain_within_the_noise():
     """A second of compute, then 50 ms uncompressed or 45 ms compressed: half a percent. Ten times as large it pays."""
-    cluster, codecs = cluster_of(bytes_per_s=2**22 / 0.05), codecs_of(encode=0.0415 / 2**20, decode=1e-11)
-    trace = trace_of([(2**20, 1.0)])
+    cluster, codecs = cluster_of(bytes_per_s=2**21 / 0.05), codecs_of(encode=0.0415 / 2**19, decode=1e-11)
+    trace = trace_of([(2**19, 1.0)])  # too small for chunks
     assert [unit.option.compresses for unit in decide(trace, cluster, codecs)] == [True]
     assert plans_nothing_lossy(trace, cluster, codecs)
-    assert not plans_nothing_lossy(trace_of([(10 * 2**20, 1.0)]), cluster, codecs)
+    assert not plans_nothing_lossy(trace_of([(10 * 2**19, 1.0)]), cluster, codecs)
 
 
 def test_compression_that_saves_nothing_is_dropped():

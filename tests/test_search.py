@@ -2,12 +2,14 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from planner_cases import codecs_of, flat_options, menu_of, random_case, random_nested_case, several, small_menu
 
 from espresso_ds.core.config import Constraints
 from espresso_ds.core.option import Device
+from espresso_ds.planner import chunk
 from espresso_ds.planner.decide import algorithm_1
 from espresso_ds.planner.fuse import buckets, partitions, singles
 from espresso_ds.planner.limits import Limits
@@ -58,8 +60,9 @@ def brute_force(trace, menu, fused):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("make_case", "options"), [(random_case, flat_options([Device.CPU])), (random_nested_case, NESTED)])
-def test_plans_are_mostly_the_best_there_is(make_case, options, fused):
+def test_plans_are_mostly_the_best_there_is(make_case, options, fused, monkeypatch):
     """Three tensors. A thousand such instances are in the benchmarks; here few, with room for chance."""
+    monkeypatch.setattr(chunk, "SIZES", ())  # brute force cuts nothing
     rng, optimal, close, rounds = random.Random(1), 0, 0, 100
     for number in range(rounds):
         case = make_case(rng, tensors=3, equal=number % 3 == 0)
@@ -90,7 +93,8 @@ def test_never_worse_than_the_paper(make_case, device):
             assert mine >= trace.compute_s
             assert [i for unit in units for i in range(unit.start, unit.stop)] == list(range(len(trace.tensors)))
             assert fused or len(units) == len(trace.tensors)
-            assert units == [Unit.of(trace, u.start, u.stop, u.option, u.codec) for u in units]
+            whole = [replace(unit, chunk_numel=None) for unit in units]
+            assert whole == [Unit.of(trace, u.start, u.stop, u.option, u.codec) for u in units]
         better += mine < theirs * (1 - 1e-6)
     assert better > 0
 
@@ -153,7 +157,7 @@ def test_buckets_close_once_they_are_full():
     assert buckets(trace, 2**30) == [(0, 30)]
     found = partitions(trace)
     assert len(found) == len({tuple(runs) for runs in found}) > 3
-    assert [len(runs) for runs in found] == sorted((len(runs) for runs in found), reverse=True)
+    assert all([i for start, stop in runs for i in range(start, stop)] == list(range(30)) for runs in found)
 
 
 def test_least_loaded_is_least_by_the_definition():

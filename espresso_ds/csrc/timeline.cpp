@@ -196,6 +196,8 @@ public:
                 rates_[0][cpu][links] = 1.0 / (1.0 + (cpu ? contention : 0.0) + links * link_contention);
             }
         }
+        way_before_.resize(count + 1);
+        way_from_.resize(count + 1);
         for (int r = 0; r < RESOURCES; ++r) {
             behind_[r].resize(count + 1);
             upto_[r].resize(count);
@@ -257,6 +259,9 @@ public:
             if (least <= below) ranked_.emplace_back(least, place);
         }
         std::sort(ranked_.begin(), ranked_.end());
+        // What won last time is likely to be good again, and a good limit ends the other attempts early.
+        const auto last = std::find_if(ranked_.begin(), ranked_.end(), [&](const auto& each) { return choices[each.second] == won_; });
+        if (last != ranked_.end()) std::rotate(ranked_.begin(), last, last + 1);
         std::atomic<size_t> next{0};
         std::atomic<double> least{below};
         std::mutex mutex;
@@ -264,7 +269,7 @@ public:
         auto work = [&](Scratch& scratch) {
             for (size_t index = next++; index < ranked_.size(); index = next++) {
                 const auto [floor, place] = ranked_[index];
-                if (floor > least.load()) break;
+                if (floor > least.load()) continue;
                 const Walk walk = menu.walk(choices[place], seconds);
                 const double time = play<false>(scratch, states_[unit], unit, &walk, unit, least.load());
                 std::lock_guard<std::mutex> lock(mutex);
@@ -283,7 +288,8 @@ public:
         work(scratches_[0]);
         for (auto& helper : helpers) helper.join();
         *end = least;
-        return winner < 0 ? -1 : choices[winner];
+        if (winner < 0) return -1;
+        return won_ = choices[winner];
     }
 
     // A lower bound of `attempt` for one unit. Whatever resource a unit needs, none of that work starts before the unit is ready,
@@ -297,6 +303,7 @@ public:
             least = std::max(least, beyond_[r][unit]);
             total += work[r];
         }
+        least = std::max({least, way_before_[unit], way_from_[unit + 1]});
         return std::max(least, ready_[unit] + total);
     }
 
@@ -312,13 +319,16 @@ private:
     std::vector<int64_t> completed_;  // event at which a unit's routine of a lane completed, in the plan as set
     Scratch base_;
     std::deque<Scratch> scratches_;  // of trials
-    std::vector<double> behind_[RESOURCES], upto_[RESOURCES], beyond_[RESOURCES], suffix_[RESOURCES];
-    int valid_ = 0, hidden_ = 0;
+    std::vector<double> behind_[RESOURCES], upto_[RESOURCES], beyond_[RESOURCES], suffix_[RESOURCES], way_before_, way_from_;
+    int valid_ = 0, hidden_ = 0, won_ = -1;
     bool fresh_ = true;
     double total_ = 0;
 
-    // Work on each resource behind each unit, for the lower bounds.
+    // Work on each resource behind each unit, and the end of the ways of units by themselves, for the lower bounds.
     void measure() {
+        way_before_[0] = way_from_[count_] = 0;
+        for (int k = 0; k < count_; ++k) way_before_[k + 1] = std::max(way_before_[k], ready_[k] + walks_[k].total);
+        for (int k = count_ - 1; k >= 0; --k) way_from_[k] = std::max(way_from_[k + 1], ready_[k] + walks_[k].total);
         for (int r = 0; r < RESOURCES; ++r) {
             suffix_[r][count_] = 0;
             for (int k = count_ - 1; k >= 0; --k) {
@@ -465,6 +475,7 @@ private:
 
     bool beyond_limit(const State& s, int unit, double limit, double shared) const {
         if (limit == INF) return false;
+        if (s.now + way_from_[unit] - s.progress > limit * (1 + 1e-12)) return true;
         for (int r = 0; r < RESOURCES; ++r) {
             double left = s.pending[r] + suffix_[r][unit];
             if (s.at[r].unit >= 0) left += (s.until[r] - s.now) / (r == CPU ? shared : 1.0);

@@ -26,15 +26,17 @@ def singles(trace: ModelTrace, choice: Choice = PLAIN) -> list[Unit]:
     return [Unit.of(trace, index, index + 1, *choice) for index in range(len(trace.tensors))]
 
 
-def buckets(trace: ModelTrace, numel: int, exact: Collection[int] = ()) -> list[tuple[int, int]]:
+def buckets(trace: ModelTrace, numel: int, exact: Collection[int] = (), apart: bool = False) -> list[tuple[int, int]]:
     """Runs of tensors (start, stop) that close once they have `numel` elements; the last takes what is left.
 
-    They also close where the dtype changes, and between tensors that are never compressed (`exact`) and others.
+    They also close where the dtype changes, between tensors that are never compressed (`exact`) and others, and, if they are kept
+    `apart`, before a tensor of `numel` elements or more.
     """
     runs, start, filled = [], 0, 0
     for index, tensor in enumerate(trace.tensors):
         before = trace.tensors[index - 1]
-        if index > start and (tensor.dtype != before.dtype or (index in exact) != (index - 1 in exact)):
+        unlike = tensor.dtype != before.dtype or (index in exact) != (index - 1 in exact)
+        if index > start and (unlike or (apart and tensor.numel >= numel)):
             runs.append((start, index))
             start, filled = index, 0
         filled += tensor.numel
@@ -48,7 +50,7 @@ def buckets(trace: ModelTrace, numel: int, exact: Collection[int] = ()) -> list[
 
 def partitions(trace: ModelTrace, exact: Collection[int] = ()) -> list[list[tuple[int, int]]]:
     """The different ways in which BUCKETS cut the trace, from the finest."""
-    found = [buckets(trace, numel, exact) for numel in BUCKETS]
+    found = [buckets(trace, numel, exact, apart) for numel in BUCKETS for apart in (False, True)]
     return [runs for place, runs in enumerate(found) if runs not in found[:place]]
 
 
