@@ -251,12 +251,13 @@ public:
     int best(Menu& menu, int unit, int64_t numel, int number, const int32_t* choices, double below, double* end) {
         this->end();
         const auto& seconds = menu.seconds(numel);
+        const double ways = std::max(way_before_[unit], way_from_[unit + 1]);
         ranked_.clear();
         for (int place = 0; place < number; ++place) {
             double work[RESPECTS] = {};
             menu.weigh(choices[place], seconds, work);
-            const double least = floor(unit, work);
-            if (least <= below) ranked_.emplace_back(least, place);
+            const double own = floor(unit, work);
+            if (std::max(own, ways) <= below) ranked_.emplace_back(own, place);
         }
         std::sort(ranked_.begin(), ranked_.end());
         // What won last time is likely to be good again, and a good limit ends the other attempts early.
@@ -269,7 +270,7 @@ public:
         auto work = [&](Scratch& scratch) {
             for (size_t index = next++; index < ranked_.size(); index = next++) {
                 const auto [floor, place] = ranked_[index];
-                if (floor > least.load()) continue;
+                if (std::max(floor, ways) > least.load()) continue;
                 const Walk walk = menu.walk(choices[place], seconds);
                 const double time = play<false>(scratch, states_[unit], unit, &walk, unit, least.load());
                 std::lock_guard<std::mutex> lock(mutex);
@@ -292,7 +293,7 @@ public:
         return won_ = choices[winner];
     }
 
-    // A lower bound of `attempt` for one unit. Whatever resource a unit needs, none of that work starts before the unit is ready,
+    // A lower bound of `attempt` for one unit, other units' ways left out. Whatever resource a unit needs, none of that work starts before the unit is ready,
     // nor the work of the units behind it before they are.
     double floor(int unit, const double* work) const {
         const double* before = walks_[unit].load;
@@ -303,7 +304,6 @@ public:
             least = std::max(least, beyond_[r][unit]);
             total += work[r];
         }
-        least = std::max({least, way_before_[unit], way_from_[unit + 1]});
         return std::max(least, ready_[unit] + total);
     }
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from ..core.profile import ModelTrace
 from .limits import Limits
+from .menu import Menu
 from .timeline import Unit
 from .trials import ROUNDING, Trials
 
@@ -18,24 +19,37 @@ MOVES = (1, 2, 4, 8, 16)
 """By how many tensors a boundary is moved."""
 SPLITS = 7
 """In how many places a unit is split at most."""
+HOPEFUL = 1.05
+"""A cut that costs more than this may not be made up for by other choices."""
 
 
-def recut(trials: Trials, trace: ModelTrace, limits: Limits) -> bool:
-    """Move boundaries and split units, in place, as long as it gains; whether it did. The trials must be movable."""
+def recut(trials: Trials, trace: ModelTrace, menu: Menu, limits: Limits) -> bool:
+    """Move boundaries and split units, in place, as long as it gains; whether it did. The trials must be movable.
+
+    Of all ways to cut a unit in two, or two neighbours elsewhere, the best is tried with the best choices for both parts.
+    """
     gained = False
-    for way in (_moved, _split):
-        for places in _groups(trials, 2 if way is _moved else 1):
+    for way, size in ((_moved, 2), (_split, 1)):
+        for places in _groups(trials, size):
             if any(place not in trials.places for place in places):
                 continue  # cut away meanwhile
-            least, best = trials.time * (1 - ROUNDING), None
-            for units in way([trials.at(place) for place in places], trace):
-                if limits.allow_cut(trials, places, units):
-                    time = trials.time_cut(places, units, least)
-                    if time < least:
-                        least, best = time, units
-            if best is not None:
-                trials.cut(places, best)
+            before = [trials.at(place) for place in places]
+            cuts = [units for units in way(before, trace) if limits.allow_cut(trials, places, units)]
+            if not cuts:
+                continue
+            limit = trials.time * (1 - ROUNDING)
+            _, best = min((trials.time_cut(places, units, limit * HOPEFUL), number) for number, units in enumerate(cuts))
+            trials.cut(places, cuts[best])
+            parts = [unit.stop - 1 for unit in cuts[best]]
+            for place in parts:
+                choices = limits.allowed(trials, place, menu.front(trials.at(place).numel))
+                _, choice = trials.best(place, choices, below=trials.time * (1 - ROUNDING))
+                if choice >= 0:
+                    trials.replace(place, choice)
+            if trials.time < limit:
                 gained = True
+            else:
+                trials.cut(parts, before)
     return gained
 
 

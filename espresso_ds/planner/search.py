@@ -127,7 +127,7 @@ def _improve_deeply(trials: Trials, trace: ModelTrace, menu: Menu, limits: Limit
         before = trials.time
         if fused:
             movable = Trials(trials.units, trace, menu, movable=True)
-            recut(movable, trace, limits)
+            recut(movable, trace, menu, limits)
             trials = movable.copy()
         trials = _improve(trials.copy(), menu, limits, fused).copy()
         polish(trials, menu, limits)
