@@ -16,7 +16,7 @@ from .improve import spare
 from .limits import Limits
 from .menu import Choice, Menu
 from .reasons import reasons
-from .search import Progress, best_plan, best_uncompressed
+from .search import Progress, best_plan, best_uncompressed, certified_plan
 from .timeline import Timeline, Unit, simulate, stock_time, stock_timeline
 from .tree import allowed, is_exact, option_tree
 from .trials import Trials
@@ -68,7 +68,9 @@ def make_plan(
     exact = [index for index, tensor in enumerate(trace.tensors) if is_exact(tensor.name, constraints.exact)]
     limits = Limits(trace, menu, exact, constraints.residual_bytes, error_budget)
     plain = best_uncompressed(trace, menu)
-    units = plain if uncompressed else _worthwhile(plain, trace, menu, limits, thrift, progress)
+    units, bound_s = plain, 0.0
+    if not uncompressed:
+        units, bound_s = _worthwhile(plain, trace, menu, limits, thrift, progress)
     planned_s = Trials(units, trace, menu).time
     predicted = Prediction(
         compute_s=trace.compute_s,
@@ -77,7 +79,7 @@ def make_plan(
         planned_s=planned_s,
         uncompressed_bytes=_sent_bytes(plain, costs),
         planned_bytes=_sent_bytes(units, costs),
-        lower_bound_s=lower_bound(trace, menu, planned_s, exact).seconds,
+        lower_bound_s=bound_s or lower_bound(trace, menu, planned_s, exact).seconds,
         free_compression_s=free_compression_s(trace, menu, limits, planned_s),
     )
     why = [(0.0, "uncompressed, as asked")] * len(units) if uncompressed else reasons(units, trace, menu, limits)
@@ -144,16 +146,17 @@ def make_menu(trace: ModelTrace, costs: Costs, constraints: Constraints = NO_CON
 
 def _worthwhile(
     plain: list[Unit], trace: ModelTrace, menu: Menu, limits: Limits, thrift: float, progress: Progress
-) -> list[Unit]:
-    """The best plan, after thrift, or `plain` if that is hardly slower."""
+) -> tuple[list[Unit], float]:
+    """The best plan, after thrift, or `plain` if that is hardly slower; and the lower bound if it was worked out."""
     limit = Trials(plain, trace, menu).time * (1 - WORTHWHILE)
     if trace.compute_s >= limit:
-        return plain  # even synchronisation that takes no time would not be worth it
-    trials = Trials(best_plan(trace, menu, limits, progress), trace, menu)
+        return plain, 0.0  # even synchronisation that takes no time would not be worth it
+    units, bound = certified_plan(trace, menu, limits, progress)
+    trials = Trials(units, trace, menu)
     if trials.time > limit:
-        return plain
+        return plain, bound.seconds
     spare(trials, menu, min(limit, trials.time * (1 + thrift)))
-    return trials.units
+    return trials.units, bound.seconds
 
 
 def free_compression_s(trace: ModelTrace, menu: Menu, limits: Limits, planned_s: float) -> float:

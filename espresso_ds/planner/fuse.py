@@ -21,18 +21,23 @@ BUCKETS = tuple(2**power for power in range(14, 29))
 """Least numbers of elements in a unit that are tried."""
 
 
+Cut = list[tuple[int, int]]
+"""Runs of tensors (start, stop), each a unit."""
+
+
 def singles(trace: ModelTrace, choice: Choice = PLAIN) -> list[Unit]:
     """A unit for every tensor, in the order of the trace."""
     return [Unit.of(trace, index, index + 1, *choice) for index in range(len(trace.tensors))]
 
 
-def buckets(trace: ModelTrace, numel: int, exact: Collection[int] = (), apart: bool = False) -> list[tuple[int, int]]:
+def buckets(trace: ModelTrace, numel: int, exact: Collection[int] = (), apart: bool = False) -> Cut:
     """Runs of tensors (start, stop) that close once they have `numel` elements; the last takes what is left.
 
     They also close where the dtype changes, between tensors that are never compressed (`exact`) and others, and, if they are kept
     `apart`, before a tensor of `numel` elements or more.
     """
-    runs, start, filled = [], 0, 0
+    runs: Cut = []
+    start, filled = 0, 0
     for index, tensor in enumerate(trace.tensors):
         before = trace.tensors[index - 1]
         unlike = tensor.dtype != before.dtype or (index in exact) != (index - 1 in exact)
@@ -48,10 +53,17 @@ def buckets(trace: ModelTrace, numel: int, exact: Collection[int] = (), apart: b
     return runs
 
 
-def partitions(trace: ModelTrace, exact: Collection[int] = ()) -> list[list[tuple[int, int]]]:
-    """The different ways in which BUCKETS cut the trace, from the finest."""
-    found = [buckets(trace, numel, exact, apart) for numel in BUCKETS for apart in (False, True)]
-    return [runs for place, runs in enumerate(found) if runs not in found[:place]]
+def partitions(trace: ModelTrace, exact: Collection[int] = ()) -> list[list[Cut]]:
+    """For each size of BUCKETS the different ways to cut the trace by it that no smaller size gives, finest size first."""
+    seen: list[Cut] = []
+    found = []
+    for numel in BUCKETS:
+        ways = [buckets(trace, numel, exact, apart) for apart in (False, True)]
+        fresh = [cut for place, cut in enumerate(ways) if cut not in seen and cut not in ways[:place]]
+        seen += fresh
+        if fresh:
+            found.append(fresh)
+    return found
 
 
 def fuse(trials: Trials, limits: Limits) -> None:

@@ -16,17 +16,20 @@ All is deterministic; of equal plans the first is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 
 from ..core.profile import ModelTrace
-from .cost import Resource
+from .anneal import anneal
+from .bound import Bound, lower_bound
 from .chunk import cut_into_chunks
+from .cost import Resource
 from .decide import algorithm_1
-from .fuse import fuse, partitions, singles
+from .fuse import Cut, fuse, partitions, singles
 from .improve import descend, drop_idle, exchange, kick, polish
 from .limits import Limits
-from .menu import NO_CODEC, Chosen, Menu
+from .menu import Chosen, Menu
 from .offload import algorithm_2
 from .quick_bounds import last_bound_s, singles_bound_s
 from .recut import recut
@@ -42,11 +45,12 @@ FEW, KICKS = 200, 800
 
 ENOUGH = 1e-4
 """A plan that is at most so much slower than a bound of all plans needs no better one."""
+WIDE = 0.05
+"""A certified gap from which a longer search is worth its time."""
+MORE_STARTS, SEEDS, ROUNDS = 24, 2, 500
+"""What the longer search does: uniform plans improved, then plans annealed, for so many rounds each."""
 LARGE = 500
 """From so many tensors on, Algorithms 1 and 2, whose time grows with the square, run only if it is not proven that they lose."""
-
-Cut = Sequence[tuple[int, int]]
-"""Runs of tensors (start, stop), each a unit."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,6 +67,7 @@ def best_plan(
     limits: Limits | None = None,
     progress: Progress = lambda stage, done, total: None,
     fused: bool = True,
+    starts: int = STARTS,
 ) -> list[Unit]:
     """The fastest plan found; never slower than `published`.
 
@@ -72,6 +77,7 @@ def best_plan(
         limits: what the plan must keep to.
         progress: called with (what is tried, starts done, all starts).
         fused: whether tensors may share a buffer and buffers travel in chunks.
+        starts: uniform plans that are improved.
     """
     limits = limits or Limits(trace, menu)
     every = [(index, index + 1) for index in range(len(trace.tensors))]
@@ -82,12 +88,12 @@ def best_plan(
             if fused:
                 fuse(found[0], limits)
             return found[0].units
-    starts = uniform_plans(partitions(trace, limits.exact) if fused else [every], trace, menu, limits)
-    for done, trials in enumerate(starts):
-        progress(f"planning in {len(trials.units)} units", done, len(starts) + 1)
+    uniform = uniform_plans(partitions(trace, limits.exact) if fused else [[every]], trace, menu, limits, starts)
+    for done, trials in enumerate(uniform):
+        progress(f"planning in {len(trials.units)} units", done, len(uniform))
         found.append(_improve(trials, menu, limits, fused))
     if len(every) > LARGE and singles_bound_s(trace, menu) < min(trials.time for trials in found):
-        progress("planning every tensor by itself", len(starts), len(starts) + 1)
+        progress("planning every tensor by itself", len(uniform), len(uniform))
         found.append(published(trace, menu, limits))
     found.sort(key=lambda trials: trials.time)
     different = {round(trials.time, 12): trials for trials in reversed(found)}
@@ -99,6 +105,31 @@ def best_plan(
     return cut_into_chunks(best.units, trace, menu, limits) if fused else best.units
 
 
+def certified_plan(
+    trace: ModelTrace, menu: Menu, limits: Limits, progress: Progress = lambda stage, done, total: None
+) -> tuple[list[Unit], Bound]:
+    """The fastest plan found and a lower bound of all plans; where they are more than WIDE apart, after a longer search.
+
+    Args:
+        trace: tensors in the order of the wire.
+        menu: the choices for every unit.
+        limits: what the plan must keep to.
+        progress: called with (what is tried, steps done, all steps).
+    """
+    units = best_plan(trace, menu, limits, progress)
+    planned_s = Trials(units, trace, menu).time
+    bound = lower_bound(trace, menu, planned_s, limits.exact)
+    if planned_s <= bound.seconds * (1 + WIDE) or len(trace.tensors) > LARGE:
+        return units, bound
+    found = [units, best_plan(trace, menu, limits, progress, starts=MORE_STARTS)]
+    for seed in range(SEEDS):
+        progress("annealing", seed, SEEDS)
+        least = min(found, key=lambda units: Trials(units, trace, menu).time)
+        found.append(cut_into_chunks(anneal(least, trace, menu, limits, ROUNDS, seed), trace, menu, limits))
+    units = min(found, key=lambda units: Trials(units, trace, menu).time)
+    return units, lower_bound(trace, menu, Trials(units, trace, menu).time, limits.exact)
+
+
 def _few(trace: ModelTrace, most: int) -> int:
     """How much to try of what is only worth it for a few tensors."""
     return most // len(trace.tensors) ** 2
@@ -108,7 +139,7 @@ def best_uncompressed(trace: ModelTrace, menu: Menu) -> list[Unit]:
     """The fastest plan found that compresses nothing, overlapped with backward and fused."""
     limits = Limits(trace, menu, exact=range(len(trace.tensors)))
     starts = [Trials(singles(trace, menu.choices[_plain(trace, menu)]), trace, menu)]
-    starts += uniform_plans(partitions(trace, limits.exact), trace, menu, limits)
+    starts += uniform_plans(partitions(trace, limits.exact), trace, menu, limits, STARTS)
     found = [_improve(trials, menu, limits, True) for trials in starts]
     return min(found, key=lambda trials: trials.time).units
 
@@ -135,35 +166,43 @@ def _improve_deeply(trials: Trials, trace: ModelTrace, menu: Menu, limits: Limit
     return trials
 
 
-def uniform_plans(cuts: Sequence[Cut], trace: ModelTrace, menu: Menu, limits: Limits) -> list[Trials]:
+def uniform_plans(cuts: Sequence[Sequence[Cut]], trace: ModelTrace, menu: Menu, limits: Limits, count: int) -> list[Trials]:
     """The fastest plans that cut the trace in one of these ways and give one choice to all units that may have it.
 
-    First the best choice of each cut, then the second best of each, and so on: STARTS plans, and more for a few tensors.
+    First the best of each group of cuts, then the second best of each, and so on: `count` plans, and more for a few tensors. Plans
+    of groups that are far apart end in different local optima.
     """
-    most = max(STARTS, _few(trace, FEW))
+    most = max(count, _few(trace, FEW))
     plain, *others = least_loaded(trace, menu, max(UNIFORM, most // len(cuts)))
-    plans: list[tuple[int, float, int, int]] = []
-    for number, runs in enumerate(cuts):
-        trials = Trials(_units(runs, plain, trace, menu), trace, menu)
-        free = [place for place in trials.places if not limits.is_exact(trials.at(place))]
-        numel = sum(trials.at(place).numel for place in free)
-        times = [(trials.time_with_all([(p, choice) for p in free]), choice) for choice in others if limits.fit(numel, choice)]
-        ranked = enumerate(sorted([(trials.time, plain), *times]))
-        plans += [(rank, time, number, choice) for rank, (time, choice) in ranked]
+    plans: list[tuple[int, float, int, Cut]] = []
+    for group in cuts:
+        times: list[tuple[float, int, Cut]] = []
+        for cut in group:
+            trials = Trials(_units(cut, plain, trace, menu), trace, menu)
+            free = [place for place in trials.places if not limits.is_exact(trials.at(place))]
+            numel = sum(trials.at(place).numel for place in free)
+            times.append((trials.time, plain, cut))
+            for choice in others:
+                if limits.fit(numel, choice):
+                    times.append((trials.time_with_all([(place, choice) for place in free]), choice, cut))
+        plans += [(rank, *plan) for rank, plan in enumerate(sorted(times))]
     starts = []
-    for _, _, number, choice in sorted(plans)[:most]:
-        trials = Trials(_units(cuts[number], plain, trace, menu), trace, menu)
+    for _, _, choice, cut in sorted(plans)[:most]:
+        trials = Trials(_units(cut, plain, trace, menu), trace, menu)
         trials.replace_all([(place, choice) for place in trials.places if not limits.is_exact(trials.at(place))])
         starts.append(trials)
     return starts
 
 
-def _units(runs: Cut, choice: int, trace: ModelTrace, menu: Menu) -> list[Unit]:
-    return [Unit.of(trace, start, stop, *menu.choices[choice]) for start, stop in runs]
+def _units(cut: Cut, choice: int, trace: ModelTrace, menu: Menu) -> list[Unit]:
+    return [Unit.of(trace, start, stop, *menu.choices[choice]) for start, stop in cut]
 
 
 def least_loaded(trace: ModelTrace, menu: Menu, most: int) -> list[int]:
-    """The choices that, given to the whole model as one buffer, load the busiest resource least; uncompressed ones first."""
+    """The choices that, given to the whole model as one buffer, load the busiest resource least.
+
+    Two uncompressed ones first, then `most` with each codec.
+    """
     numel = sum(tensor.numel for tensor in trace.tensors)
 
     def ranked(choices: Chosen) -> list[int]:
@@ -171,7 +210,8 @@ def least_loaded(trace: ModelTrace, menu: Menu, most: int) -> list[int]:
         return choices[np.argsort(load.max(axis=1), kind="stable")].tolist()
 
     front = menu.front(numel)
-    return [*ranked(menu.uncompressed)[:2], *ranked(front[menu.codec[front] != NO_CODEC])[:most]]
+    lossy = [ranked(front[menu.codec[front] == codec])[:most] for codec in range(len(menu.costs.codecs))]
+    return [*ranked(menu.uncompressed)[:2], *chain.from_iterable(lossy)]
 
 
 def _plain(trace: ModelTrace, menu: Menu) -> int:
