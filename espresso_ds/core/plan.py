@@ -121,7 +121,7 @@ class Plan(FileRecord):
                 raise FileError(f"{where}: tensors {before.name!r} and {after.name!r} share unit {after.unit}, but not {fault}")
         if odd := next((tensor for tensor in self.tensors if tensor.codec >= len(self.compressors)), None):
             raise FileError(
-                f"{where}: tensor {odd.name!r} has codec {odd.codec}, but the plan has {len(self.compressors)} compressors, from 0"
+                f"{where}: tensor {odd.name!r} has codec {odd.codec}, but the plan has {len(self.compressors)} compressors"
             )
 
 

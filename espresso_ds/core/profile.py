@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from .config import CompressorSettings
 from .option import Device, Level, Task
 from .record import FileRecord, Record, fingerprint
+
+MOST = 1e9
+"""Seconds, and seconds per byte, that no measurement exceeds: what is larger is a mistake, and its sums would overflow."""
+MOST_NUMEL = 2**40
+
+Seconds = Annotated[float, Field(ge=0, le=MOST)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=MOST)]
+Numel = Annotated[int, Field(gt=0, le=MOST_NUMEL)]
+Nbytes = Annotated[int, Field(gt=0, le=16 * MOST_NUMEL)]
 
 
 class TracedTensor(Record):
@@ -17,8 +26,8 @@ class TracedTensor(Record):
     name: str
     shape: tuple[NonNegativeInt, ...]
     dtype: str = Field(description="torch's name of the gradient's dtype, such as float32")
-    numel: PositiveInt
-    ready_s: NonNegativeFloat = Field(description="from the start of backward until the gradient is complete; mean over steps")
+    numel: Numel
+    ready_s: Seconds = Field(description="from the start of backward until the gradient is complete; mean over steps")
     firings: PositiveInt = Field(1, description="how often its hook fires in one backward (more than 1: reentrant checkpointing)")
 
 
@@ -38,11 +47,11 @@ class ModelTrace(FileRecord):
     steps: PositiveInt = Field(description="optimizer steps measured")
     config: dict[str, str | int | float | bool] = Field(description="resolved DeepSpeed settings that the times depend on")
     wire_dtype: str = Field(description="dtype in which DeepSpeed would reduce gradients, such as float32")
-    forward_s: NonNegativeFloat = Field(
+    forward_s: Seconds = Field(
         description="everything before the backward that is synchronised: data, forward, earlier micro-batches"
     )
-    backward_s: PositiveFloat = Field(description="duration of the backward that is synchronised")
-    after_s: NonNegativeFloat = Field(description="clipping, optimizer and all else after backward")
+    backward_s: PositiveSeconds = Field(description="duration of the backward that is synchronised")
+    after_s: Seconds = Field(description="clipping, optimizer and all else after backward")
     spread: NonNegativeFloat = Field(0.0, description="interquartile range of the step time over its median")
     tensors: tuple[TracedTensor, ...] = Field(description="in the order in which gradients become ready")
 
@@ -67,18 +76,18 @@ class RoutineCost(Record):
     level: Level
     ranks: PositiveInt = Field(description="ranks of one group: all, those of a node, or one of every node")
     groups: PositiveInt = Field(1, description="groups of the level that ran it at once and shared each node's network card")
-    nbytes: tuple[PositiveInt, ...]
-    seconds: tuple[PositiveFloat, ...] = Field(description="medians, one for each of nbytes")
-    alpha_s: NonNegativeFloat
-    beta_s_per_byte: NonNegativeFloat
+    nbytes: tuple[Nbytes, ...]
+    seconds: tuple[PositiveSeconds, ...] = Field(description="medians, one for each of nbytes")
+    alpha_s: Seconds
+    beta_s_per_byte: Seconds
     fit_error: NonNegativeFloat = Field(description="median of |fit - measured| / measured")
 
 
 class Link(Record):
     """Point-to-point latency and inverse bandwidth between two ranks, by alpha-beta fit of send/recv."""
 
-    alpha_s: NonNegativeFloat
-    beta_s_per_byte: NonNegativeFloat
+    alpha_s: Seconds
+    beta_s_per_byte: Seconds
     fit_error: NonNegativeFloat
 
 
@@ -92,7 +101,7 @@ class ClusterProfile(FileRecord):
     backend: str
     hosts: tuple[str, ...]
     ranks_per_node: PositiveInt
-    contention: NonNegativeFloat = Field(
+    contention: Seconds = Field(
         0.0, description="seconds by which one second of communication delays the computing that runs at the same time"
     )
     links: dict[Level, Link] = Field(description="intra where a node has two ranks, inter where there are two nodes")
@@ -113,11 +122,11 @@ class CodecTimes(Record):
     """Encode and decode seconds by tensor size on one device; encoding includes error feedback."""
 
     device: Device
-    numel: tuple[PositiveInt, ...]
-    payload_nbytes: tuple[PositiveInt, ...]
-    encode_s: tuple[PositiveFloat, ...]
-    decode_s: tuple[PositiveFloat, ...] = Field(description="decode one payload and add it to the sum")
-    contention: NonNegativeFloat = Field(
+    numel: tuple[Numel, ...]
+    payload_nbytes: tuple[Nbytes, ...]
+    encode_s: tuple[PositiveSeconds, ...]
+    decode_s: tuple[PositiveSeconds, ...] = Field(description="decode one payload and add it to the sum")
+    contention: Seconds = Field(
         description="seconds by which one second of codec work delays the computing that runs at the same time"
     )
 

@@ -22,9 +22,9 @@ OTHERS = 2
 
 
 def anneal(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limits: Limits, rounds: int, seed: int = 0) -> list[Unit]:
-    """The best plan seen; F(S) does not rise. Units that travel in chunks are joined for it."""
+    """The best plan seen; F(S) does not rise. Units that travel in chunks are not cut otherwise."""
     rng = random.Random(seed)
-    trials = Trials([Unit.of(trace, unit.start, unit.stop, unit.option, unit.codec) for unit in units], trace, menu, movable=True)
+    trials = Trials(units, trace, menu, movable=True)
     best, least = trials.units, trials.time
     for number in range(rounds):
         heat = HOT * (1 - number / rounds) ** 2 * rng.random()
@@ -50,6 +50,8 @@ def _cut_otherwise(trials: Trials, trace: ModelTrace, limits: Limits, rng: rando
     index = rng.randrange(len(places))
     left = trials.at(places[index])
     group, parts = [places[index]], [left]
+    if any(trials.at(place).chunk_numel for place in places[index : index + 2]):
+        return group
     if rng.random() < 1 / 3 and left.stop - left.start > 1:
         cut = rng.randrange(left.start + 1, left.stop)
         parts = [_of(trace, left.start, cut, left), _of(trace, cut, left.stop, left)]

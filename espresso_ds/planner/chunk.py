@@ -21,6 +21,8 @@ from .trials import Trials
 
 SIZES = tuple(2**power for power in range(24, 18, -1))
 """Elements per chunk. Smaller ones cost more latency and codec calls than they hide."""
+MOST = 64
+"""Chunks of a unit."""
 CHOICES = 16
 """Choices that are tried with every size."""
 WORTHWHILE = 0.001
@@ -44,7 +46,7 @@ def cut_into_chunks(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limits
         if not whole.option.compresses or best.gain_at_most(place) < best.time * WORTHWHILE:
             continue
         for size in SIZES:
-            if whole.numel >= 2 * size:
+            if 2 * size <= whole.numel <= MOST * size:
                 cut = replace(best.at(place), chunk_numel=size)
                 trial = Trials([*best.units[:place], cut, *best.units[place + 1 :]], trace, menu)
                 choices = limits.allowed(trial, place, _overlapping(menu, whole.numel))

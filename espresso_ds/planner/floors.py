@@ -20,7 +20,7 @@ PIECES = 16
 """Numbers of chunks that are looked at one by one."""
 
 Floats = NDArray[np.float64]
-Places = NDArray[np.int_]
+Places = NDArray[np.int_] | NDArray[np.int32]
 
 
 class Floors:

@@ -127,9 +127,9 @@ class PythonPlayer:
         """See Player."""
         log: list[tuple[int, int, int, float, float]] = []
         self._play(log)
-        spans = sorted((start, end, unit) for unit, _, _, start, end in log)
+        spans = sorted((start, unit, end) for unit, _, _, start, end in log)
         until, before = 0.0, 0
-        for start, end, unit in spans:
+        for start, unit, end in spans:
             if 0.0 < until < start:
                 before = unit
             until = max(until, end)

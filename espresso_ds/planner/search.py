@@ -47,7 +47,7 @@ ENOUGH = 1e-4
 """A plan that is at most so much slower than a bound of all plans needs no better one."""
 WIDE = 0.05
 """A certified gap from which a longer search is worth its time."""
-MORE_STARTS, SEEDS, ROUNDS = 24, 2, 500
+MORE_STARTS, SEEDS, ROUNDS = 24, 2, 1000
 """What the longer search does: uniform plans improved, then plans annealed, for so many rounds each."""
 LARGE = 500
 """From so many tensors on, Algorithms 1 and 2, whose time grows with the square, run only if it is not proven that they lose."""
@@ -169,8 +169,8 @@ def _improve_deeply(trials: Trials, trace: ModelTrace, menu: Menu, limits: Limit
 def uniform_plans(cuts: Sequence[Sequence[Cut]], trace: ModelTrace, menu: Menu, limits: Limits, count: int) -> list[Trials]:
     """The fastest plans that cut the trace in one of these ways and give one choice to all units that may have it.
 
-    First the best of each group of cuts, then the second best of each, and so on: `count` plans, and more for a few tensors. Plans
-    of groups that are far apart end in different local optima.
+    First the best of each group of cuts, then the second best of each, and so on: `count` plans, and more for a few tensors.
+    Plans of groups that are far apart end in different local optima.
     """
     most = max(count, _few(trace, FEW))
     plain, *others = least_loaded(trace, menu, max(UNIFORM, most // len(cuts)))

@@ -71,8 +71,10 @@ class Unit:
 
     def pieces(self, world_size: int) -> list[Unit]:
         """What it travels as: itself, or a unit for each of its chunks."""
-        if self.chunk_numel is None or not self.option.compresses:
+        if self.chunk_numel is None:
             return [self]
+        if not self.option.compresses:
+            return [replace(self, chunk_numel=None)]
         lengths = chunk_lengths(self.numel, self.chunk_numel, world_size)
         return [replace(self, numel=length, chunk_numel=None) for length in lengths]
 

@@ -57,7 +57,11 @@ def allowed(options: Iterable[Option], constraints: Constraints, nodes: int, ran
     flat_only = constraints.flat_only or nodes == 1 or ranks_per_node == 1
     words = {str(word) for word in (*Task, *Device, *Level)}
     for word in constraints.forbid:
-        if not set(word.split(".")) <= words:
+        try:
+            known = str(Action.parse(word)) == word if "." in word else word in words
+        except FileError:
+            known = False
+        if not known:
             raise FileError(f"constraints: forbid has {word!r}, which is no action, task or place{nearest(word, words)}")
     banned = set(constraints.forbid)
     most = constraints.max_compressions

@@ -18,27 +18,25 @@ class Trials:
     """Units in plan order and their step time F(S), for the search.
 
     Places are those of the units given at first. A unit that was merged into the next is gone, its place stays empty. With
-    `movable` there is a place for each tensor and a unit has that of its last one, so that units may be cut in other ways.
+    `movable` there is a place for each tensor and a unit has that of its last one, so that units may be cut in other ways, but
+    for those that travel in chunks.
     """
 
     def __init__(self, units: Sequence[Unit], trace: ModelTrace, menu: Menu, movable: bool = False) -> None:
         self._trace, self._menu = trace, menu
         self._fixed_s = trace.forward_s + trace.after_s
-        if movable:
-            assert not any(unit.chunk_numel for unit in units), "chunks are for units that stay as they are"
-            self._units: list[Unit | None] = [None] * len(trace.tensors)
-            self._pieces = [[(place, 0)] for place in range(len(trace.tensors))]
-            ready = [tensor.ready_s for tensor in trace.tensors]
-        else:
-            self._units = list(units)
-            self._pieces, ready = [], []
-            for unit in units:
-                lengths = [piece.numel for piece in unit.pieces(menu.costs.world)]
-                self._pieces.append(list(enumerate(lengths, len(ready))))
-                ready += [unit.ready_s] * len(lengths)
+        placed: dict[int, Unit] = {unit.stop - 1 if movable else index: unit for index, unit in enumerate(units)}
+        self._units: list[Unit | None] = [None] * (len(trace.tensors) if movable else len(units))
+        self._pieces: list[list[tuple[int, int]]] = []
+        ready: list[float] = []
+        for place in range(len(self._units)):
+            unit = placed.get(place)
+            lengths = [0] if unit is None else [piece.numel for piece in unit.pieces(menu.costs.world)]
+            self._pieces.append(list(enumerate(lengths, len(ready))))
+            ready += [trace.tensors[place].ready_s if unit is None else unit.ready_s] * len(lengths)
         self._player = player(ready, trace.backward_s, menu)
-        for index, unit in enumerate(units):
-            self._set(unit.stop - 1 if movable else index, unit)
+        for place, unit in placed.items():
+            self._set(place, unit)
 
     def copy(self) -> Trials:
         """The same plan, to be changed on its own. Places are kept only if no unit was merged."""
