@@ -104,7 +104,6 @@ def test_any_number_of_any_file_may_be_anything(changes):
     check(planned(files))
 
 
-@pytest.mark.xfail(run=False, reason="numel has no upper limit yet: chunks without end take all memory")
 @pytest.mark.parametrize("numel", [10**13, 2**62, 2**63, 10**30])
 def test_tensors_larger_than_any_memory_are_refused(numel):
     files = copy.deepcopy(GOOD)

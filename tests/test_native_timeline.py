@@ -148,7 +148,10 @@ def test_fronts_are_those_of_the_definition(library):
             load = [sum(step.seconds for step in steps if step.resource == resource) for resource in range(4)]
             ends = [sum(step.seconds for step in part) for part in (steps[: links[0]], steps[links[-1] + 1 :])]
             weights.append([*load, *ends])
-        expected = {tuple(weights[row]) for row in on_front(weights, 1e-3)}
+        expected = set()
+        for codec in set(menu.codec.tolist()):  # uncompressed choices and each codec's have a front of their own
+            group = [weights[row] for row in range(len(weights)) if menu.codec[row] == codec]
+            expected |= {tuple(group[row]) for row in on_front(group, 1e-3)}
         found = menu.front(numel, menu.everything)
         assert len(found) == len(set(found.tolist()))
         for choice in found.tolist():

@@ -103,7 +103,7 @@ def test_a_codec_that_the_plan_does_not_have_is_refused():
 def test_tensors_of_one_unit_share_their_codec():
     plan = plan_for(torch.nn.Linear(3, 2), {}, compressors=(TOPK, FP16), fuse=2)
     tensors = (plan.tensors[0], plan.tensors[1].model_copy(update={"codec": 1}))
-    with pytest.raises(FileError, match="'bias' and 'weight' share unit 0 but not option, codec"):
+    with pytest.raises(FileError, match="'bias' and 'weight' share unit 0, but not codec"):
         plan.model_copy(update={"tensors": tensors}).sealed().check("bad.json")
 
 

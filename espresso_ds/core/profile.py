@@ -10,7 +10,7 @@ from .config import CompressorSettings
 from .option import Device, Level, Task
 from .record import FileRecord, Record, fingerprint
 
-MOST = 1e9
+MOST = 1e15
 """Seconds, and seconds per byte, that no measurement exceeds: what is larger is a mistake, and its sums would overflow."""
 MOST_NUMEL = 2**40
 

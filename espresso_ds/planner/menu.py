@@ -86,7 +86,7 @@ class Menu:
         return self.costs.walk(self.choices[choice].option, numel, self.choices[choice].codec)
 
     def front(self, numel: int, among: Chosen | None = None) -> Chosen:
-        """The choices worth trying for a unit of `numel` elements: those that no other one beats in every respect.
+        """The choices worth trying for a unit of `numel` elements: those that no other one of its codec beats in every respect.
 
         The respects are the work on each resource, before the first routine, and after the last one. This is no proof (with
         resources that serve whoever comes first, less work can make the whole longer): what it costs is measured in
@@ -104,6 +104,11 @@ class Menu:
         return np.unique(np.concatenate([self._front(numel, self.everything) for numel in GRID]))
 
     def _front(self, numel: int, among: Chosen) -> Chosen:
+        """The fronts of the uncompressed choices and of each codec's: what loses less, or nothing, may have to do."""
+        codecs = self.codec[among]
+        return np.concatenate([self._fastest(numel, among[codecs == codec]) for codec in range(-1, len(self.costs.codecs))])
+
+    def _fastest(self, numel: int, among: Chosen) -> Chosen:
         native = library()
         if native is None:
             return self._python_front(numel, among)
