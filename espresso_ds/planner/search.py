@@ -67,7 +67,7 @@ def best_plan(
     limits: Limits | None = None,
     progress: Progress = lambda stage, done, total: None,
     fused: bool = True,
-    starts: int = STARTS,
+    thorough: bool = False,
 ) -> list[Unit]:
     """The fastest plan found; never slower than `published`.
 
@@ -77,7 +77,7 @@ def best_plan(
         limits: what the plan must keep to.
         progress: called with (what is tried, starts done, all starts).
         fused: whether tensors may share a buffer and buffers travel in chunks.
-        starts: uniform plans that are improved.
+        thorough: from more starts, and with units cut in other ways, which takes some ten times as long.
     """
     limits = limits or Limits(trace, menu)
     every = [(index, index + 1) for index in range(len(trace.tensors))]
@@ -88,7 +88,9 @@ def best_plan(
             if fused:
                 fuse(found[0], limits)
             return found[0].units
-    uniform = uniform_plans(partitions(trace, limits.exact) if fused else [[every]], trace, menu, limits, starts)
+    uniform = uniform_plans(
+        partitions(trace, limits.exact) if fused else [[every]], trace, menu, limits, MORE_STARTS if thorough else STARTS
+    )
     for done, trials in enumerate(uniform):
         progress(f"planning in {len(trials.units)} units", done, len(uniform))
         found.append(_improve(trials, menu, limits, fused))
@@ -98,7 +100,7 @@ def best_plan(
     found.sort(key=lambda trials: trials.time)
     different = {round(trials.time, 12): trials for trials in reversed(found)}
     few = max(1, _few(trace, FEW))
-    deep = [_improve_deeply(different[time], trace, menu, limits, fused) for time in sorted(different)[:few]]
+    deep = [_improve_deeply(different[time], trace, menu, limits, fused, thorough) for time in sorted(different)[:few]]
     best = min(deep, key=lambda trials: trials.time)
     while kick(best, menu, limits, _few(trace, KICKS)):
         exchange(best, menu, limits)
@@ -121,7 +123,7 @@ def certified_plan(
     bound = lower_bound(trace, menu, planned_s, limits.exact)
     if planned_s <= bound.seconds * (1 + WIDE) or len(trace.tensors) > LARGE:
         return units, bound
-    found = [units, best_plan(trace, menu, limits, progress, starts=MORE_STARTS)]
+    found = [units, best_plan(trace, menu, limits, progress, thorough=True)]
     for seed in range(SEEDS):
         progress("annealing", seed, SEEDS)
         least = min(found, key=lambda units: Trials(units, trace, menu).time)
@@ -152,11 +154,11 @@ def _improve(trials: Trials, menu: Menu, limits: Limits, fused: bool) -> Trials:
     return trials
 
 
-def _improve_deeply(trials: Trials, trace: ModelTrace, menu: Menu, limits: Limits, fused: bool) -> Trials:
+def _improve_deeply(trials: Trials, trace: ModelTrace, menu: Menu, limits: Limits, fused: bool, cuts: bool) -> Trials:
     before = float("inf")
     while trials.time < before * (1 - ROUNDING):
         before = trials.time
-        if fused:
+        if fused and cuts:
             movable = Trials(trials.units, trace, menu, movable=True)
             recut(movable, trace, menu, limits)
             trials = movable.copy()
