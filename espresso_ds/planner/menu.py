@@ -18,7 +18,7 @@ from .native import library
 STEPS = 12  # most actions of an option
 RESPECTS = 6
 NO_CODEC = -1
-GRID = tuple(2**power for power in range(6, 33, 4))
+GRID = tuple(2**power for power in range(8, 33, 6))
 """Sizes at which choices are compared before any size is known."""
 TOLERANCE = 1e-3
 """A choice that is at most this much better in some respect is not better."""

@@ -80,28 +80,29 @@ def best_plan(
         thorough: from more starts, and with units cut in other ways, which takes some ten times as long.
     """
     limits = limits or Limits(trace, menu)
+    enough_s = last_bound_s(trace, menu) * (1 + ENOUGH)
     every = [(index, index + 1) for index in range(len(trace.tensors))]
-    found = []
-    if len(every) <= LARGE:
+    large = len(every) > LARGE
+    found = [] if large else [published(trace, menu, limits)]
+    if large or found[0].time > enough_s:
+        cuts = partitions(trace, limits.exact) if fused else [[every]]
+        starts = uniform_plans(cuts, trace, menu, limits, MORE_STARTS if thorough else STARTS)
+        for done, trials in enumerate(starts):
+            progress(f"planning in {len(trials.units)} units", done, len(starts))
+            found.append(_improve(trials, menu, limits, fused))
+            if found[-1].time <= enough_s:
+                break
+    if large and singles_bound_s(trace, menu) < min(trials.time for trials in found):
+        progress("planning every tensor by itself", 1, 1)
         found.append(published(trace, menu, limits))
-        if found[0].time <= last_bound_s(trace, menu) * (1 + ENOUGH):
-            if fused:
-                fuse(found[0], limits)
-            return found[0].units
-    uniform = uniform_plans(
-        partitions(trace, limits.exact) if fused else [[every]], trace, menu, limits, MORE_STARTS if thorough else STARTS
-    )
-    for done, trials in enumerate(uniform):
-        progress(f"planning in {len(trials.units)} units", done, len(uniform))
-        found.append(_improve(trials, menu, limits, fused))
-    if len(every) > LARGE and singles_bound_s(trace, menu) < min(trials.time for trials in found):
-        progress("planning every tensor by itself", len(uniform), len(uniform))
-        found.append(published(trace, menu, limits))
-    found.sort(key=lambda trials: trials.time)
-    different = {round(trials.time, 12): trials for trials in reversed(found)}
-    few = max(1, _few(trace, FEW))
-    deep = [_improve_deeply(different[time], trace, menu, limits, fused, thorough) for time in sorted(different)[:few]]
-    best = min(deep, key=lambda trials: trials.time)
+    best = min(found, key=lambda trials: trials.time)
+    if best.time <= enough_s:
+        if fused:
+            fuse(best, limits)
+        return best.units
+    different = {round(trials.time, 12): trials for trials in found}
+    few = sorted(different)[: max(1, _few(trace, FEW))]
+    best = min((_improve_deeply(different[time], trace, menu, limits, fused, thorough) for time in few), key=lambda t: t.time)
     while kick(best, menu, limits, _few(trace, KICKS)):
         exchange(best, menu, limits)
     return cut_into_chunks(best.units, trace, menu, limits) if fused else best.units
