@@ -47,7 +47,7 @@ ENOUGH = 1e-4
 """A plan that is at most so much slower than a bound of all plans needs no better one."""
 WIDE = 0.05
 """A certified gap from which a longer search is worth its time."""
-MORE_STARTS, SEEDS, ROUNDS = 24, 2, 1000
+MORE_STARTS, SEEDS, ROUNDS = 24, 3, 1000
 """What the longer search does: uniform plans improved, then plans annealed, for so many rounds each."""
 LARGE = 500
 """From so many tensors on, Algorithms 1 and 2, whose time grows with the square, run only if it is not proven that they lose."""
