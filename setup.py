@@ -12,7 +12,8 @@ HOOK = "espresso_ds_hook.pth"
 NATIVE = Extension(
     "espresso_ds._native",
     sources=["espresso_ds/csrc/timeline.cpp"],
-    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off"],
+    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-pthread"],
+    extra_link_args=["-pthread"],
     language="c++",
     optional=True,
 )

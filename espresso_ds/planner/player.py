@@ -9,7 +9,9 @@ from typing import Protocol
 from weakref import finalize
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .cost import Resource
 from .menu import Chosen, Menu
 from .native import library
 from .play import LeanWalk, play
@@ -109,7 +111,7 @@ class NativePlayer:
 
 
 class PythonPlayer:
-    """By `play.play`."""
+    """By `play.play`. What `best` does to leave out choices is what csrc/timeline.cpp does."""
 
     def __init__(self, ready_s: Sequence[float], backward_s: float, menu: Menu) -> None:
         self._ready, self._backward_s, self._menu = list(ready_s), backward_s, menu
@@ -146,12 +148,29 @@ class PythonPlayer:
 
     def best(self, unit: int, numel: int, choices: Chosen, below: float) -> tuple[float, int]:
         """See Player."""
-        least, found = below, -1
-        for choice in choices.tolist():
-            end = self.attempt([(unit, numel, choice)])
-            if end < least or (end == least and found < 0):
-                least, found = end, choice
-        return least, found
+        least, winner = below, -1
+        floors = self._floors(unit, numel, choices)
+        for place in np.argsort(floors, kind="stable").tolist():
+            if floors[place] > least:
+                break
+            end = self.attempt([(unit, numel, int(choices[place]))])
+            if end < least or (end == least and (winner < 0 or place < winner)):
+                least, winner = end, place
+        return least, -1 if winner < 0 else int(choices[winner])
+
+    def _floors(self, unit: int, numel: int, choices: Chosen) -> NDArray[np.float64]:
+        """Lower bounds of the ends: each resource works off what comes behind some unit once that is ready."""
+        loads = np.zeros((len(self._ready), len(Resource)))
+        for other, walk in enumerate(self._walks):
+            for resource, seconds in walk if other != unit else ():
+                loads[other, resource] += seconds
+        behind = np.cumsum(loads[::-1], axis=0)[::-1] + np.array(self._ready)[:, None]
+        own = self._menu.weigh(numel, choices)[:, : len(Resource)]
+        upto = behind[: unit + 1].max(axis=0) + own
+        upto[:, Resource.COMPUTE] = self._backward_s + loads[:, Resource.COMPUTE].sum() + own[:, Resource.COMPUTE]
+        return np.maximum(
+            np.maximum(upto.max(axis=1), self._ready[unit] + own.sum(axis=1)), behind[unit + 1 :, 1:].max(initial=0.0)
+        )
 
     def best_pair(self, units: Pair, numels: Pair, choices: tuple[Chosen, Chosen], below: float) -> tuple[float, Pair | None]:
         """See Player."""

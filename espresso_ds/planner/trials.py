@@ -142,8 +142,9 @@ class Trials:
 
     def time_cut(self, places: Sequence[int], units: Sequence[Unit], limit: float = float("inf")) -> float:
         """F(S) in seconds if the units at these places were cut in another way; needs `movable`. See `time_with`."""
-        gone = [(place, 0, -1) for place in places if place not in {unit.stop - 1 for unit in units}]
-        changes = [*gone, *((unit.stop - 1, unit.numel, self._choice(unit)) for unit in units)]
+        wanted = {unit.stop - 1: (unit.numel, self._choice(unit)) for unit in units}
+        parts = {**dict.fromkeys(places, (0, -1)), **wanted}
+        changes = [change for place, (numel, choice) in parts.items() for change in self._changes(place, numel, choice)]
         return self._fixed_s + self._player.attempt(changes, limit - self._fixed_s)
 
     def cut(self, places: Sequence[int], units: Sequence[Unit]) -> None:
