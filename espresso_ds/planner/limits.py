@@ -99,7 +99,11 @@ class Limits:
 
     def is_exact(self, unit: Unit) -> bool:
         """Whether the unit holds a tensor that is never compressed."""
-        return self._exact_before[unit.stop] > self._exact_before[unit.start]
+        return self.has_exact(unit.start, unit.stop)
+
+    def has_exact(self, start: int, stop: int) -> bool:
+        """Whether any of the tensors `start` to `stop` - 1 is never compressed."""
+        return self._exact_before[stop] > self._exact_before[start]
 
     def _fits(self, others: Sequence[Unit], more: Sequence[tuple[int, int]]) -> bool:
         """Whether other units and so many elements with such codecs keep to all caps."""

@@ -15,7 +15,8 @@ All is deterministic; of equal plans the first is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -31,6 +32,7 @@ from .improve import descend, drop_idle, exchange, kick, polish
 from .limits import Limits
 from .menu import Chosen, Menu
 from .offload import algorithm_2
+from .player import player
 from .quick_bounds import last_bound_s, singles_bound_s
 from .recut import recut
 from .timeline import Unit
@@ -40,8 +42,9 @@ UNIFORM = 4
 """Choices that are tried for all units at once, besides the uncompressed ones."""
 STARTS = 6
 """Uniform plans that are improved."""
-FEW, KICKS = 200, 800
-"""A model of n tensors gets FEW / n^2 starts if that is more, and KICKS / n^2 kicks: cheap there, and there greed fails most."""
+FEW, KICKS, RANDOM, MOST_RANDOM = 400, 1600, 4800, 100
+"""A model of n tensors gets FEW / n^2 starts if that is more, KICKS / n^2 kicks, and RANDOM / n^2 random starts, but at most
+MOST_RANDOM: cheap there, and there greed fails most."""
 
 ENOUGH = 1e-4
 """A plan that is at most so much slower than a bound of all plans needs no better one."""
@@ -87,6 +90,7 @@ def best_plan(
     if large or found[0].time > enough_s:
         cuts = partitions(trace, limits.exact) if fused else [[every]]
         starts = uniform_plans(cuts, trace, menu, limits, MORE_STARTS if thorough else STARTS)
+        starts += random_plans(cuts, trace, menu, limits, min(MOST_RANDOM, _few(trace, RANDOM)))
         for done, trials in enumerate(starts):
             progress(f"planning in {len(trials.units)} units", done, len(starts))
             found.append(_improve(trials, menu, limits, fused))
@@ -179,15 +183,7 @@ def uniform_plans(cuts: Sequence[Sequence[Cut]], trace: ModelTrace, menu: Menu, 
     plain, *others = least_loaded(trace, menu, max(UNIFORM, most // len(cuts)))
     plans: list[tuple[int, float, int, Cut]] = []
     for group in cuts:
-        times: list[tuple[float, int, Cut]] = []
-        for cut in group:
-            trials = Trials(_units(cut, plain, trace, menu), trace, menu)
-            free = [place for place in trials.places if not limits.is_exact(trials.at(place))]
-            numel = sum(trials.at(place).numel for place in free)
-            times.append((trials.time, plain, cut))
-            for choice in others:
-                if limits.fit(numel, choice):
-                    times.append((trials.time_with_all([(place, choice) for place in free]), choice, cut))
+        times = [(time, choice, cut) for cut in group for choice, time in _uniform_times(cut, plain, others, trace, menu, limits)]
         plans += [(rank, *plan) for rank, plan in enumerate(sorted(times))]
     starts = []
     for _, _, choice, cut in sorted(plans)[:most]:
@@ -195,6 +191,33 @@ def uniform_plans(cuts: Sequence[Sequence[Cut]], trace: ModelTrace, menu: Menu, 
         trials.replace_all([(place, choice) for place in trials.places if not limits.is_exact(trials.at(place))])
         starts.append(trials)
     return starts
+
+
+def _uniform_times(
+    cut: Cut, plain: int, others: Sequence[int], trace: ModelTrace, menu: Menu, limits: Limits
+) -> Iterator[tuple[int, float]]:
+    """Choices, and when synchronisation ends with them for all units that may have them."""
+    numels = [sum(tensor.numel for tensor in trace.tensors[start:stop]) for start, stop in cut]
+    played = player([trace.tensors[stop - 1].ready_s for _, stop in cut], trace.backward_s, menu)
+    for place, numel in enumerate(numels):
+        played.set(place, numel, plain)
+    yield plain, played.end()
+    free = [(place, numel) for place, (run, numel) in enumerate(zip(cut, numels, strict=True)) if not limits.has_exact(*run)]
+    for choice in others:
+        if limits.fit(sum(numel for _, numel in free), choice) and free:
+            yield choice, played.attempt([(place, numel, choice) for place, numel in free])
+
+
+def random_plans(cuts: Sequence[Sequence[Cut]], trace: ModelTrace, menu: Menu, limits: Limits, count: int) -> list[Trials]:
+    """Plans with random cuts and random choices of the fronts; the same ones every time."""
+    rng = random.Random(0)
+    plans = []
+    for _ in range(count):
+        trials = Trials(_units(rng.choice(rng.choice(cuts)), int(menu.uncompressed[0]), trace, menu), trace, menu)
+        for place in trials.places:
+            trials.replace(place, int(rng.choice(limits.allowed(trials, place, menu.front(trials.at(place).numel)))))
+        plans.append(trials)
+    return plans
 
 
 def _units(cut: Cut, choice: int, trace: ModelTrace, menu: Menu) -> list[Unit]:
