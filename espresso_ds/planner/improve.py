@@ -6,6 +6,9 @@ here each C and D of an option goes where it suits.
 
 from __future__ import annotations
 
+from itertools import combinations
+from math import comb
+
 from .limits import Limits
 from .menu import Menu
 from .trials import ROUNDING, Trials
@@ -57,6 +60,25 @@ def exchange(trials: Trials, menu: Menu, limits: Limits) -> bool:
             if pair is not None and limits.allow_pair(trials, (first, second), pair):
                 trials.replace_all([(first, pair[0]), (second, pair[1])])
                 gained = True
+    return gained
+
+
+def exchange_three(trials: Trials, menu: Menu, limits: Limits) -> bool:
+    """Give three units at once the best choices, in place, where EFFORT allows all triples; whether that gained anything."""
+    count, gained = len(trials.places), False
+    if not 3 <= count or comb(count, 3) * len(menu.choices) ** 3 > EFFORT:
+        return False
+    for first, second, third in combinations(trials.places, 3):
+        for choice in limits.allowed(trials, first, menu.everything).tolist():
+            before, time = trials.choice(first), trials.time
+            trials.replace(first, choice)
+            both = limits.allowed(trials, second, menu.everything), limits.allowed(trials, third, menu.everything)
+            pair = trials.best_pair(second, third, both, below=time * (1 - ROUNDING))
+            if pair is not None and limits.allow_pair(trials, (second, third), pair):
+                trials.replace_all([(second, pair[0]), (third, pair[1])])
+                gained = True
+            elif trials.time >= time:
+                trials.replace(first, before)
     return gained
 
 

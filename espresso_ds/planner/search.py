@@ -28,7 +28,7 @@ from .chunk import cut_into_chunks
 from .cost import Resource
 from .decide import algorithm_1
 from .fuse import Cut, fuse, partitions, singles
-from .improve import descend, drop_idle, exchange, kick, polish
+from .improve import descend, drop_idle, exchange, exchange_three, kick, polish
 from .limits import Limits
 from .menu import Chosen, Menu
 from .offload import algorithm_2
@@ -42,9 +42,11 @@ UNIFORM = 4
 """Choices that are tried for all units at once, besides the uncompressed ones."""
 STARTS = 6
 """Uniform plans that are improved."""
-FEW, KICKS, RANDOM, MOST_RANDOM = 400, 1600, 4800, 100
+FEW, KICKS, RANDOM, MOST_RANDOM = 400, 1600, 2400, 100
 """A model of n tensors gets FEW / n^2 starts if that is more, KICKS / n^2 kicks, and RANDOM / n^2 random starts, but at most
 MOST_RANDOM: cheap there, and there greed fails most."""
+A_FEW = 16
+"""Tensors beyond which all that is left out."""
 
 ENOUGH = 1e-4
 """A plan that is at most so much slower than a bound of all plans needs no better one."""
@@ -139,7 +141,7 @@ def certified_plan(
 
 def _few(trace: ModelTrace, most: int) -> int:
     """How much to try of what is only worth it for a few tensors."""
-    return most // len(trace.tensors) ** 2
+    return most // len(trace.tensors) ** 2 if len(trace.tensors) <= A_FEW else 0
 
 
 def best_uncompressed(trace: ModelTrace, menu: Menu) -> list[Unit]:
@@ -170,6 +172,7 @@ def _improve_deeply(trials: Trials, trace: ModelTrace, menu: Menu, limits: Limit
         trials = _improve(trials.copy(), menu, limits, fused).copy()
         polish(trials, menu, limits)
         exchange(trials, menu, limits)
+        exchange_three(trials, menu, limits)
     return trials
 
 
