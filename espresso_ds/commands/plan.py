@@ -50,9 +50,12 @@ def run(args: argparse.Namespace) -> None:
     config, block = read_ds_config(args.ds_config)
     block = with_thrift(block, args)
     profiles = ModelTrace.load(args.trace), ClusterProfile.load(args.cluster), CompressorProfile.load(args.compressors)
+    if args.json:  # standard output is the summary's alone
+        print(json.dumps(summary(write_plan(args, config, block, *profiles, report=lambda share, what: None))))
+        return
     with Reporter() as report:
         plan = write_plan(args, config, block, *profiles, report=report)
-    print(json.dumps(summary(plan)) if args.json else f"{args.out}: {describe(plan)}")
+    print(f"{args.out}: {describe(plan)}")
 
 
 def run_seal(args: argparse.Namespace) -> None:
