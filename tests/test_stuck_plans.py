@@ -164,7 +164,7 @@ def test_annealing_moves_two_boundaries_at_once():
 def test_chunks_overlap_what_no_choice_can():
     """Encoding, sending and decoding take 1 s each, one after the other; of two halves 2 s, as the CPU is never idle.
 
-    encode  0 1 . . . . . .
+    encode  0 1 . .
     send    . 0 1 .
     decode  . . 0 1    half a second a column
     """

@@ -57,7 +57,7 @@ def exchange(trials: Trials, menu: Menu, limits: Limits) -> bool:
             if left < 0:
                 return gained
             pair = trials.best_pair(first, second, narrow, below=trials.time * (1 - ROUNDING))
-            if pair is not None and limits.allow_pair(trials, (first, second), pair):
+            if pair is not None and limits.allow_all(trials, (first, second), pair):
                 trials.replace_all([(first, pair[0]), (second, pair[1])])
                 gained = True
     return gained
@@ -70,11 +70,13 @@ def exchange_three(trials: Trials, menu: Menu, limits: Limits) -> bool:
         return False
     for first, second, third in combinations(trials.places, 3):
         for choice in limits.allowed(trials, first, menu.everything).tolist():
+            if not limits.allow_all(trials, (first,), (choice,)):
+                continue  # any more, since others have changed
             before, time = trials.choice(first), trials.time
             trials.replace(first, choice)
             both = limits.allowed(trials, second, menu.everything), limits.allowed(trials, third, menu.everything)
             pair = trials.best_pair(second, third, both, below=time * (1 - ROUNDING))
-            if pair is not None and limits.allow_pair(trials, (second, third), pair):
+            if pair is not None and limits.allow_all(trials, (second, third), pair):
                 trials.replace_all([(second, pair[0]), (third, pair[1])])
                 gained = True
             elif trials.time >= time:

@@ -83,8 +83,8 @@ class Limits:
         others = [unit for unit in trials.units if id(unit) not in own]
         return self._fits(others, [(unit.numel, unit.codec) for unit in units if unit.option.compresses])
 
-    def allow_pair(self, trials: Trials, places: tuple[int, int], choices: tuple[int, int]) -> bool:
-        """Whether two units may have these choices at once, each of which is allowed for it alone."""
+    def allow_all(self, trials: Trials, places: Sequence[int], choices: Sequence[int]) -> bool:
+        """Whether units may have these choices at once, each of which is allowed for it if the others stay as they are."""
         if not self._caps:
             return True
         own = {id(trials.at(place)) for place in places}

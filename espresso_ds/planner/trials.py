@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..core.chunks import chunk_lengths
 from ..core.profile import ModelTrace
 from .menu import Choice, Chosen, Menu
 from .player import Change, player
@@ -31,7 +32,7 @@ class Trials:
         ready: list[float] = []
         for place in range(len(self._units)):
             unit = placed.get(place)
-            lengths = [0] if unit is None else [piece.numel for piece in unit.pieces(menu.costs.world)]
+            lengths = [0] if unit is None else chunk_lengths(unit.numel, unit.chunk_numel, menu.costs.world)
             self._pieces.append(list(enumerate(lengths, len(ready))))
             ready += [trace.tensors[place].ready_s if unit is None else unit.ready_s] * len(lengths)
         self._player = player(ready, trace.backward_s, menu)
