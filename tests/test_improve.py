@@ -5,14 +5,14 @@ import random
 from dataclasses import dataclass, replace
 
 import pytest
-from planner_cases import menu_of, random_case, random_nested_case, several
+from planner_cases import menu_of, random_case, random_nested_case, several, small_menu
 
 from espresso_ds.core.config import Constraints
 from espresso_ds.core.profile import ModelTrace
 from espresso_ds.planner.anneal import anneal
 from espresso_ds.planner.chunk import cut_into_chunks
 from espresso_ds.planner.fuse import fuse
-from espresso_ds.planner.improve import descend, drop_idle, exchange, kick, polish, spare
+from espresso_ds.planner.improve import descend, drop_idle, exchange, exchange_three, kick, polish, spare
 from espresso_ds.planner.limits import RESIDUAL_BYTES, Limits
 from espresso_ds.planner.menu import Menu
 from espresso_ds.planner.recut import recut
@@ -20,7 +20,7 @@ from espresso_ds.planner.timeline import Unit, iteration_time
 from espresso_ds.planner.trials import ROUNDING, Trials
 
 ERRORS = (0.6, 0.1)
-GATHERED = "C.cpu AG.flat D.cpu"
+FEW = ["AR.flat", "C.cpu AG.flat D.cpu", "C.cpu A2A.flat D.cpu C.cpu AG.flat D.cpu"]
 ONCE = Constraints(max_compressions=1)
 CASES = [(random_case, "cpu"), (random_nested_case, "cpu"), (random_case, "cuda"), (random_nested_case, "cuda")]
 
@@ -59,7 +59,7 @@ class Case:
             assert lost <= self.error_budget * sum(tensor.numel for tensor in self.trace.tensors) * (1 + 1e-12)
 
 
-def random_cases(seed, count, limited, most=9):
+def random_cases(seed, count, limited, most=9, options=None):
     """Two codecs, tensors of two dtypes, and a random plan: any runs of one dtype, any choices that the limits leave."""
     rng = random.Random(seed)
     for make_case, device in CASES:
@@ -69,7 +69,7 @@ def random_cases(seed, count, limited, most=9):
             tensors = tuple(tensor.model_copy(update={"dtype": rng.choice(dtypes)}) for tensor in trace.tensors)
             trace = trace.model_copy(update={"tensors": tensors})
             codecs = several(one, make_case(rng, tensors=1, device=device)[2], errors=ERRORS)
-            menu = menu_of(trace, cluster, codecs, ONCE)
+            menu = small_menu(trace, cluster, codecs, options) if options else menu_of(trace, cluster, codecs, ONCE)
             places, total = range(len(tensors)), sum(tensor.numel for tensor in tensors)
             exact = frozenset(rng.sample(places, rng.randint(0, 2))) if limited else frozenset()
             caps = (rng.uniform(0, 1.2 * RESIDUAL_BYTES * total), rng.uniform(0.05, 0.6)) if limited else (None, None)
@@ -132,21 +132,25 @@ def test_no_step_makes_a_plan_slower_or_breaks_a_limit(name, limited):
 
 
 @pytest.mark.parametrize("limited", [False, True], ids=["free", "limited"])
-def test_steps_one_after_the_other_on_the_same_trials(limited):
-    """As the search runs them; what `exchange` and `kick` say of their gain is true."""
-    told = {kick: 0, exchange: 0}
-    for _, case in random_cases(2, 60, limited, most=5):
+@pytest.mark.parametrize(
+    ("steps", "options"), [((kick, exchange), None), ((exchange_three, kick), FEW)], ids=["whole tree", "few options"]
+)
+def test_what_steps_say_of_their_gain_is_true(steps, options, limited):
+    """One after the other on the same trials, as the search runs them. Triples need a small menu."""
+    told = dict.fromkeys(steps, 0)
+    for _, case in random_cases(2, 60, limited, most=5, options=options):
         trials = Trials(case.units, case.trace, case.menu)
-        descend(trials, case.menu, case.limits)
-        for step, more in ((kick, (30,)), (exchange, ())):
+        if options is None:
+            descend(trials, case.menu, case.limits)  # with few options that leaves nothing to gain
+        for step in steps:
             before = case.seconds(trials.units)
-            gained = step(trials, case.menu, case.limits, *more)
+            gained = step(trials, case.menu, case.limits, *([30] if step is kick else []))
             after = case.seconds(trials.units)
             assert gained == (after < before * (1 - ROUNDING / 2)) and after <= before
             told[step] += gained
             case.check(trials.units)
         assert trials.time == pytest.approx(case.seconds(trials.units), rel=1e-12)
-    assert all(told.values()), told
+    assert told[steps[0]] and (told[steps[1]] or options), told
 
 
 def test_a_unit_that_is_held_keeps_its_choice_and_others_change():

@@ -12,7 +12,7 @@ from planner_cases import cluster_of, codecs_of, several, small_menu, trace_of
 from espresso_ds.planner.anneal import anneal
 from espresso_ds.planner.chunk import SIZES, cut_into_chunks
 from espresso_ds.planner.fuse import fuse
-from espresso_ds.planner.improve import descend, exchange, kick, polish
+from espresso_ds.planner.improve import descend, exchange, exchange_three, kick, polish
 from espresso_ds.planner.limits import Limits
 from espresso_ds.planner.recut import recut
 from espresso_ds.planner.timeline import Unit, iteration_time
@@ -93,6 +93,15 @@ def test_a_kick_leads_over_a_barrier_of_two_changes():
     assert kick(trials, menu, limits, tries=10)
     assert iteration_time(trials.units, trace, menu.costs) == pytest.approx(1.0, **CLOSE)
     assert trials.time == pytest.approx(min(changed(units, trace, menu, 3)), rel=1e-12)
+
+
+def test_three_units_are_changed_at_once_where_that_alone_gains():
+    trace, menu, units = kicked()
+    limits = Limits(trace, menu)
+    trials = descended(units, trace, menu, limits)
+    assert exchange_three(trials, menu, limits)
+    assert iteration_time(trials.units, trace, menu.costs) == pytest.approx(1.0, **CLOSE)
+    assert not exchange_three(trials, menu, limits)
 
 
 def test_no_kick_is_tried_where_none_is_asked_for():

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -183,24 +183,31 @@ def uniform_plans(cuts: Sequence[Sequence[Cut]], trace: ModelTrace, menu: Menu, 
     Plans of groups that are far apart end in different local optima.
     """
     most = max(count, _few(trace, FEW))
-    plain, *others = least_loaded(trace, menu, max(UNIFORM, most // len(cuts)))
+    choices = least_loaded(trace, menu, max(UNIFORM, most // len(cuts)))
+    numel_before = list(accumulate((tensor.numel for tensor in trace.tensors), initial=0))
     plans: list[tuple[int, float, int, Cut]] = []
     for group in cuts:
-        times = [(time, choice, cut) for cut in group for choice, time in _uniform_times(cut, plain, others, trace, menu, limits)]
+        times = [
+            (time, choice, cut)
+            for cut in group
+            for choice, time in _uniform_times(
+                cut, [numel_before[b] - numel_before[a] for a, b in cut], choices, trace, menu, limits
+            )
+        ]
         plans += [(rank, *plan) for rank, plan in enumerate(sorted(times))]
     starts = []
     for _, _, choice, cut in sorted(plans)[:most]:
-        trials = Trials(_units(cut, plain, trace, menu), trace, menu)
+        trials = Trials(_units(cut, choices[0], trace, menu), trace, menu)
         trials.replace_all([(place, choice) for place in trials.places if not limits.is_exact(trials.at(place))])
         starts.append(trials)
     return starts
 
 
 def _uniform_times(
-    cut: Cut, plain: int, others: Sequence[int], trace: ModelTrace, menu: Menu, limits: Limits
+    cut: Cut, numels: Sequence[int], choices: Sequence[int], trace: ModelTrace, menu: Menu, limits: Limits
 ) -> Iterator[tuple[int, float]]:
-    """Choices, and when synchronisation ends with them for all units that may have them."""
-    numels = [sum(tensor.numel for tensor in trace.tensors[start:stop]) for start, stop in cut]
+    """Choices, and when synchronisation ends with them for all units that may have them; the others have the first choice."""
+    plain, *others = choices
     played = player([trace.tensors[stop - 1].ready_s for _, stop in cut], trace.backward_s, menu)
     for place, numel in enumerate(numels):
         played.set(place, numel, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -35,6 +36,7 @@ class Trials:
             lengths = [0] if unit is None else chunk_lengths(unit.numel, unit.chunk_numel, menu.costs.world)
             self._pieces.append(list(enumerate(lengths, len(ready))))
             ready += [trace.tensors[place].ready_s if unit is None else unit.ready_s] * len(lengths)
+        self._last = [pieces[-1][0] for pieces in self._pieces]
         self._player = player(ready, trace.backward_s, menu)
         for place, unit in placed.items():
             self._set(place, unit)
@@ -66,8 +68,7 @@ class Trials:
         """
         if self._menu.costs.link_contention > 0.0:
             return 0
-        played = self._player.hidden()
-        return sum(pieces[-1][0] < played for pieces in self._pieces)
+        return bisect_left(self._last, self._player.hidden())
 
     def at(self, place: int) -> Unit:
         """The unit at a place."""
