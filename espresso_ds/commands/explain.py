@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..core.config import EspressoBlock
+from ..core.option import Option
 from ..core.plan import Plan, load_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..core.record import write_json
@@ -42,14 +44,14 @@ def run(args: argparse.Namespace) -> None:
     """Print the explanation, and draw the picture if asked. Raises FileError, MismatchError."""
     from ..planner.render import draw, explain, explain_path  # brings rich tables and, for pictures, matplotlib
 
-    _, _, plan = load_plan_file(args.plan)
+    _, block, plan = load_plan_file(args.plan)
     console = Console()
     console.print(explain(plan, args.tensor))
     directory = args.profiles or profile_directory(args.plan)
     wanted = [path for path in (args.picture, args.chrome) if path is not None]
-    if not wanted and not directory.is_dir():
+    if not wanted and (args.tensor is not None or not directory.is_dir()):
         return
-    timelines = load_timelines(plan, directory)
+    timelines = load_timelines(plan, directory, block)
     if args.tensor is None:
         console.print(explain_path(timelines["planned"]))
     if args.picture is not None:
@@ -60,11 +62,13 @@ def run(args: argparse.Namespace) -> None:
         print(path)
 
 
-def load_timelines(plan: Plan, directory: Path) -> dict:
+def load_timelines(plan: Plan, directory: Path, block: EspressoBlock) -> dict:
     """The plan's timelines, from the profiles in `directory`. Raises FileError, MismatchError."""
+    flat = all(Option.parse(tensor.option).executable for tensor in plan.tensors)
     return timelines_of(
         plan,
         ModelTrace.load(directory / "trace.json"),
         ClusterProfile.load(directory / "cluster.json"),
         CompressorProfile.load(directory / "compressors.json"),
+        block.constraints.model_copy(update={"flat_only": True}) if flat else block.constraints,
     )

@@ -97,8 +97,14 @@ def load_json(path: str | Path, kind: str, made_by: str) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON so that a reader sees the old file or the whole new one, never a part."""
+    """Write indented JSON so that a reader sees the old file or the whole new one, never a part.
+
+    Raises FileError where there is no directory for it.
+    """
     path = Path(path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        fault = "is a directory; name a file in it" if path.is_dir() else "its directory does not exist; make it first"
+        raise FileError(f"{path}: {fault}")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:

@@ -178,8 +178,16 @@ def in_wire_order(trace: ModelTrace) -> ModelTrace:
     return trace.model_copy(update={"tensors": tuple(sorted(trace.tensors, key=lambda tensor: tensor.ready_s))})
 
 
-def timelines_of(plan: Plan, trace: ModelTrace, cluster: ClusterProfile, compressors: CompressorProfile) -> dict[str, Timeline]:
+def timelines_of(
+    plan: Plan,
+    trace: ModelTrace,
+    cluster: ClusterProfile,
+    compressors: CompressorProfile,
+    constraints: Constraints = NO_CONSTRAINTS,
+) -> dict[str, Timeline]:
     """Predicted timelines of DeepSpeed as it is, of the uncompressed overlapped plan and of `plan`, for pictures.
+
+    `constraints` are those that the plan was made under.
 
     Raises:
         MismatchError: the profiles are not those that the plan was made from.
@@ -194,7 +202,7 @@ def timelines_of(plan: Plan, trace: ModelTrace, cluster: ClusterProfile, compres
             )
     trace = in_wire_order(trace)
     costs = Costs(cluster, compressors, trace.wire_dtype)
-    plain = best_uncompressed(trace, make_menu(trace, costs))
+    plain = best_uncompressed(trace, make_menu(trace, costs, constraints))
     return {
         "DeepSpeed": stock_timeline(trace, costs),
         "uncompressed, overlapped": simulate(plain, trace, costs),

@@ -221,6 +221,14 @@ class Costs:
         free._walks = {}
         return free
 
+    def never_falling(self) -> Costs:
+        """The same costs with every curve's dips filled: what a buffer takes at least, at this size or any larger one."""
+        lower = copy(self)
+        for name in ("_routines", "_encode", "_decode", "_payload"):
+            setattr(lower, name, {key: curve.never_falling() for key, curve in getattr(self, name).items()})
+        lower._walks = {}
+        return lower
+
     def walk(self, option: Option, numel: int, codec: int = 0) -> Walk:
         """Steps and bytes of `option` for a buffer of `numel` elements; see the table above. Raises FileError."""
         key = (option, codec, numel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -31,6 +31,11 @@ class Curve:
         x, y = self._points
         sizes = np.asarray(sizes, dtype=float)
         return np.interp(sizes, x, y) + self.slope * np.maximum(0.0, sizes - x[-1])
+
+    def never_falling(self) -> Curve:
+        """The curve with every dip filled from the right: nowhere above what some larger size takes."""
+        lowest = tuple(np.minimum.accumulate(self._points[1][::-1])[::-1].tolist())
+        return self if lowest == self.y else replace(self, y=lowest)
 
     def least_rate(self, most: float) -> float:
         """The least value per unit of size, at any size in (0, most]: where a buffer of many tensors is cheapest per element."""

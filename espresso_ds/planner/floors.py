@@ -6,7 +6,6 @@ A tensor may travel in a unit of any size up to the whole trace's and in any num
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +115,5 @@ class Floors:
     def _floor(self, curve: Curve) -> Curve:
         """The curve with every dip filled from the right: never falls, and is nowhere above what a larger size takes."""
         if id(curve) not in self._lowest:
-            lowest = np.minimum.accumulate(np.asarray(curve.y)[::-1])[::-1]
-            self._lowest[id(curve)] = replace(curve, y=tuple(lowest.tolist()))
+            self._lowest[id(curve)] = curve.never_falling()
         return self._lowest[id(curve)]

@@ -85,7 +85,7 @@ def fuse(trials: Trials, limits: Limits) -> None:
 
 def _merged(trials: Trials, limits: Limits, left: int, right: int) -> bool:
     a, b = trials.at(left), trials.at(right)
-    if a.dtype != b.dtype:
+    if a.dtype != b.dtype or a.chunk_numel or b.chunk_numel:
         return False
     most = trials.time * (1 + ROUNDING)
     best, chosen = most, -1

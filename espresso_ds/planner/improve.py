@@ -10,7 +10,7 @@ from itertools import combinations
 from math import comb
 
 from .limits import Limits
-from .menu import Menu
+from .menu import Chosen, Menu
 from .trials import ROUNDING, Trials
 
 WORTHWHILE = 1e-4
@@ -52,14 +52,10 @@ def exchange(trials: Trials, menu: Menu, limits: Limits) -> bool:
     for distance in range(1, count):
         for first, second in zip(trials.places, trials.places[distance:], strict=False):
             wide = [menu.everything if every else menu.front(trials.at(place).numel) for place in (first, second)]
-            narrow = limits.allowed(trials, first, wide[0]), limits.allowed(trials, second, wide[1])
-            left -= len(narrow[0]) * len(narrow[1])
+            left -= len(wide[0]) * len(wide[1])
             if left < 0:
                 return gained
-            pair = trials.best_pair(first, second, narrow, below=trials.time * (1 - ROUNDING))
-            if pair is not None and limits.allow_all(trials, (first, second), pair):
-                trials.replace_all([(first, pair[0]), (second, pair[1])])
-                gained = True
+            gained |= _best_of_two(trials, limits, (first, second), (wide[0], wide[1]), trials.time)
     return gained
 
 
@@ -69,19 +65,28 @@ def exchange_three(trials: Trials, menu: Menu, limits: Limits) -> bool:
     if not 3 <= count or comb(count, 3) * len(menu.choices) ** 3 > EFFORT:
         return False
     for first, second, third in combinations(trials.places, 3):
-        for choice in limits.allowed(trials, first, menu.everything).tolist():
-            if not limits.allow_all(trials, (first,), (choice,)):
-                continue  # any more, since others have changed
+        exact = limits.is_exact(trials.at(first))
+        for choice in (menu.uncompressed if exact else menu.everything).tolist():
             before, time = trials.choice(first), trials.time
             trials.replace(first, choice)
-            both = limits.allowed(trials, second, menu.everything), limits.allowed(trials, third, menu.everything)
-            pair = trials.best_pair(second, third, both, below=time * (1 - ROUNDING))
-            if pair is not None and limits.allow_all(trials, (second, third), pair):
-                trials.replace_all([(second, pair[0]), (third, pair[1])])
+            if _best_of_two(trials, limits, (second, third), (menu.everything, menu.everything), time):
                 gained = True
-            elif trials.time >= time:
+            else:
                 trials.replace(first, before)
     return gained
+
+
+def _best_of_two(trials: Trials, limits: Limits, places: tuple[int, int], choices: tuple[Chosen, Chosen], than_s: float) -> bool:
+    """Give two units the best choices for both, in place, if F(S) is then below `than_s`; whether it is."""
+    best = None
+    for group in limits.allowed_pairs(trials, places, choices):
+        if len(group[0]) and len(group[1]):
+            pair = trials.best_pair(*places, group, below=than_s * (1 - ROUNDING))
+            if pair is not None:
+                best, than_s = pair, trials.time_with_all(list(zip(places, pair, strict=True)))
+    if best is not None:
+        trials.replace_all(list(zip(places, best, strict=True)))
+    return best is not None
 
 
 def kick(trials: Trials, menu: Menu, limits: Limits, tries: int) -> bool:

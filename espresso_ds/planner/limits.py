@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from itertools import accumulate
+from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate, product
 
 import numpy as np
 
@@ -83,14 +83,19 @@ class Limits:
         others = [unit for unit in trials.units if id(unit) not in own]
         return self._fits(others, [(unit.numel, unit.codec) for unit in units if unit.option.compresses])
 
-    def allow_all(self, trials: Trials, places: Sequence[int], choices: Sequence[int]) -> bool:
-        """Whether units may have these choices at once, each of which is allowed for it if the others stay as they are."""
+    def allowed_pairs(
+        self, trials: Trials, places: tuple[int, int], choices: tuple[Chosen, Chosen]
+    ) -> Iterator[tuple[Chosen, Chosen]]:
+        """Groups of choices that two units may have at once: any of the first group with any of the second."""
         if not self._caps:
-            return True
-        own = {id(trials.at(place)) for place in places}
-        others = [unit for unit in trials.units if id(unit) not in own]
-        both = [(trials.at(place).numel, int(self._codec_of[choice])) for place, choice in zip(places, choices, strict=True)]
-        return self._fits(others, [(numel, codec) for numel, codec in both if codec != NO_CODEC])
+            yield self.allowed(trials, places[0], choices[0]), self.allowed(trials, places[1], choices[1])
+            return
+        units = [trials.at(place) for place in places]
+        others = [other for other in trials.units if all(other is not unit for unit in units)]
+        codecs = [(NO_CODEC,) if self.is_exact(unit) else range(NO_CODEC, len(self._caps[0][1])) for unit in units]
+        for both in product(*codecs):
+            if self._fits(others, [(unit.numel, codec) for unit, codec in zip(units, both, strict=True) if codec != NO_CODEC]):
+                yield self._with_codecs(choices[0], (both[0],)), self._with_codecs(choices[1], (both[1],))
 
     def fit(self, numel: int, choice: int) -> bool:
         """Whether so many elements may have this choice, if all others are uncompressed."""

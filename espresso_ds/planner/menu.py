@@ -73,7 +73,7 @@ class Menu:
     def __init__(self, choices: Sequence[Choice] | Catalogue, costs: Costs) -> None:
         """Look up what the choices' operations cost. Raises FileError (a routine or device was not measured)."""
         catalogue = choices if isinstance(choices, Catalogue) else Catalogue(choices, costs.shape)
-        self.costs = costs
+        self.catalogue, self.costs = catalogue, costs
         self.choices, self.place, self.operations = catalogue.choices, catalogue.place, catalogue.operations
         self.everything, self.uncompressed, self.on_device = catalogue.everything, catalogue.uncompressed, catalogue.on_device
         self.steps, self.counts, self.codec = catalogue.steps, catalogue.counts, catalogue.codec

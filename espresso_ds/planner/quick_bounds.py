@@ -7,20 +7,27 @@ from collections import Counter
 import numpy as np
 
 from ..core.profile import ModelTrace
+from .chunk import SIZES
 from .cost import Resource
-from .menu import TOLERANCE, Menu
+from .menu import NO_CODEC, TOLERANCE, Menu
 
-WEIGHTS = np.random.default_rng(0).dirichlet([0.7, 0.3, 0.7, 0.7], size=200)
+WEIGHTS = np.concatenate([np.eye(len(Resource)), np.random.default_rng(0).dirichlet([0.7, 0.3, 0.7, 0.7], size=200)])
 """Shares of the four resources, each row adding up to 1."""
+LEAST_PIECE = SIZES[-1] // 2
+"""Fewest elements of the first chunk of a unit."""
 
 
 def last_bound_s(trace: ModelTrace, menu: Menu) -> float:
-    """No strategy's step is shorter: all of backward, and after it is ready the quickest way of the last tensor.
+    """No plan's step is shorter: all of backward, and after it is ready the quickest way of the last tensor.
 
-    A unit that holds that tensor has at least as many elements and is ready no sooner.
+    A unit that holds that tensor has at least as many elements and is ready no sooner; so has the first of its chunks, if it is
+    compressed, unless the tensor is larger than LEAST_PIECE.
     """
     last = trace.tensors[-1]
-    quickest = menu.weigh(last.numel, menu.everything)[:, : len(Resource)].sum(axis=1).min()
+    least = Menu(menu.catalogue, menu.costs.never_falling())
+    whole = least.weigh(last.numel, least.uncompressed)
+    piece = least.weigh(min(last.numel, LEAST_PIECE), least.everything[least.codec != NO_CODEC])
+    quickest = np.concatenate([whole, piece])[:, : len(Resource)].sum(axis=1).min()
     return trace.forward_s + max(trace.backward_s, last.ready_s + quickest) + trace.after_s
 
 

@@ -34,6 +34,8 @@ def recut(trials: Trials, trace: ModelTrace, menu: Menu, limits: Limits) -> bool
             if any(place not in trials.places for place in places):
                 continue  # cut away meanwhile
             before = [trials.at(place) for place in places]
+            if any(unit.chunk_numel for unit in before):
+                continue
             cuts = [units for units in way(before, trace) if limits.allow_cut(trials, places, units)]
             if not cuts:
                 continue

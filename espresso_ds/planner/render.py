@@ -54,7 +54,15 @@ def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
     Args:
         timelines: title to timeline.
         path: where to, such as timeline.png.
+
+    Raises:
+        FileError: the suffix is that of no picture format, or there is no directory for it.
     """
+    formats = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.lstrip(".") not in formats:
+        raise FileError(f"{path}: the suffix says no picture format; use one of {', '.join(sorted(formats))}")
+    if not Path(path).absolute().parent.is_dir():
+        raise FileError(f"{path}: its directory does not exist; make it first")
     with matplotlib.rc_context({"font.size": 10, "svg.fonttype": "none"}):
         shown = {
             title: [row for row in Resource if any(s.resource is row for s in line.spans)] for title, line in timelines.items()
@@ -215,6 +223,7 @@ def _one_tensor(plan: Plan, name: str) -> Table:
     )
     table.add_row("saves", f"{_seconds(tensor.saves_s)} a step, with its whole unit")
     table.add_row("why", tensor.why)
+    table.add_row("plan", _certificate(plan))
     return table
 
 

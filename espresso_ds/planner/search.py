@@ -105,6 +105,7 @@ def best_plan(
     if best.time <= enough_s:
         if fused:
             fuse(best, limits)
+            return cut_into_chunks(best.units, trace, menu, limits)
         return best.units
     different = {round(trials.time, 12): trials for trials in found}
     few = sorted(different)[: max(1, _few(trace, FEW))]

@@ -138,6 +138,7 @@ class Trials:
     def merge(self, left: int, right: int, choice: int) -> None:
         """Fuse two neighbours for good, at the place of the later one, which is ready last."""
         a, b = self.at(left), self.at(right)
+        assert a.chunk_numel is b.chunk_numel is None, "chunks are for units that stay as they are"
         self._set(left, None)
         self._units[right] = replace(b, start=a.start, numel=a.numel + b.numel)
         self.replace(right, choice)
