@@ -24,7 +24,7 @@ from quickstart_run import run_logged
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT, CONFIG, EMULATE = "examples/sentiment.py", "configs/sentiment.json", "launch/emulate"
-CODEC = ("--compressor", "topk", "--density", "0.05", "--thrift", "0.05")
+CODEC = ("--compressor", "topk", "--density", "0.05", "--thrift", "0.09")
 """No more than 3 in 100 rows of the embedding have a gradient, so that there nothing is lost; what is hidden stays exact."""
 HOSTS = 2
 CANNOT_EMULATE = 3

@@ -22,9 +22,10 @@ from espresso_ds.planner.build import WORTHWHILE, in_wire_order, make_plan
 from espresso_ds.planner.cost import Costs
 from espresso_ds.planner.decide import algorithm_1, order_of_size
 from espresso_ds.planner.fuse import singles
-from espresso_ds.planner.improve import drop_idle, spare
+from espresso_ds.planner.improve import drop_idle
 from espresso_ds.planner.limits import Limits
 from espresso_ds.planner.search import best_plan
+from espresso_ds.planner.thrift import spare
 from espresso_ds.planner.timeline import Unit, iteration_time, simulate
 from espresso_ds.planner.trials import Trials
 
@@ -179,11 +180,12 @@ def test_thrift_spares_what_compression_helps_least():
     for _ in range(30):
         trace, cluster, codecs = random_case(rng, tensors=8)
         menu = menu_of(trace, cluster, codecs)
-        trials = Trials(best_plan(trace, menu), trace, menu)
-        before, lossy = trials.time, sum(unit.option.compresses for unit in trials.units)
-        spare(trials, menu, before * 1.05)
+        units = best_plan(trace, menu)
+        before, lossy = Trials(units, trace, menu).time, sum(unit.numel for unit in units if unit.option.compresses)
+        trials = Trials(spare(units, trace, menu, before * 1.05), trace, menu)
         assert trials.time <= before * 1.05
-        left = sum(unit.option.compresses for unit in trials.units)
+        assert sum(unit.stop - unit.start for unit in trials.units) == len(trace.tensors)
+        left = sum(unit.numel for unit in trials.units if unit.option.compresses)
         assert left <= lossy
         spared += left < lossy
         for place in trials.places:  # nothing more can be spared

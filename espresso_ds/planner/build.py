@@ -12,11 +12,11 @@ from ..core.plan import MadeFor, Plan, Prediction, TensorDecision
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from .bound import lower_bound
 from .cost import Costs
-from .improve import spare
 from .limits import Limits
 from .menu import Choice, Menu
 from .reasons import reasons
 from .search import Progress, best_plan, best_uncompressed, certified_plan
+from .thrift import spare
 from .timeline import Timeline, Unit, simulate, stock_time, stock_timeline
 from .tree import allowed, is_exact, option_tree
 from .trials import Trials
@@ -152,16 +152,15 @@ def _worthwhile(
     if trace.compute_s >= limit:
         return plain, 0.0  # even synchronisation that takes no time would not be worth it
     units, bound = certified_plan(trace, menu, limits, progress)
-    trials = Trials(units, trace, menu)
-    if trials.time > limit:
+    planned_s = Trials(units, trace, menu).time
+    if planned_s > limit:
         return plain, bound.seconds
-    spare(trials, menu, min(limit, trials.time * (1 + thrift)))
-    return trials.units, bound.seconds
+    return spare(units, trace, menu, min(limit, planned_s * (1 + thrift))), bound.seconds
 
 
 def free_compression_s(trace: ModelTrace, menu: Menu, limits: Limits, planned_s: float) -> float:
     """E's upper bound of the speed: the step of the best plan found if codecs took no time; never above `planned_s`."""
-    free = Menu(menu.choices, menu.costs.with_free_codecs())
+    free = Menu(menu.catalogue, menu.costs.with_free_codecs())
     return min(planned_s, Trials(best_plan(trace, free, limits), trace, free).time)
 
 

@@ -130,22 +130,6 @@ def drop_idle(trials: Trials, menu: Menu) -> None:
                 trials.replace(place, choice)
 
 
-def spare(trials: Trials, menu: Menu, limit_s: float) -> None:
-    """Send units uncompressed again, in place, while F(S) stays below `limit_s`: first those large for what compression saves.
-
-    Not in the paper: time that nobody notices is given for fewer lossy tensors.
-    """
-    compressed = [place for place in trials.places if trials.at(place).option.compresses]
-    price = {
-        place: (trials.best(place, menu.uncompressed, float("inf"))[0] - trials.time) / trials.at(place).numel
-        for place in compressed
-    }
-    for place in sorted(compressed, key=price.__getitem__):
-        _, choice = trials.best(place, menu.uncompressed, below=limit_s)
-        if choice >= 0:
-            trials.replace(place, choice)
-
-
 def by_size(trials: Trials) -> list[int]:
     """Places in descending order of size, among equal sizes the later in backward first (see decide.py)."""
     return sorted(trials.places, key=lambda place: (-trials.at(place).numel, -place))

@@ -79,7 +79,7 @@ class Menu:
         self.steps, self.counts, self.codec = catalogue.steps, catalogue.counts, catalogue.codec
         for op in self.operations:
             costs.curves(op)  # raises now what was not measured
-        self._fronts: dict[tuple[int, int], Chosen] = {}
+        self._fronts: dict[int, Chosen] = {}
 
     def walk(self, choice: int, numel: int) -> Walk:
         """Steps and bytes of a choice for a unit of `numel` elements."""
@@ -92,11 +92,11 @@ class Menu:
         resources that serve whoever comes first, less work can make the whole longer): what it costs is measured in
         benchmarks/planner.
         """
-        among = self._useful if among is None else among
-        key = numel, id(among)
-        if key not in self._fronts:
-            self._fronts[key] = self._front(numel, among)
-        return self._fronts[key]
+        if among is not None:
+            return self._front(numel, among)
+        if numel not in self._fronts:
+            self._fronts[numel] = self._front(numel, self._useful)
+        return self._fronts[numel]
 
     @cached_property
     def _useful(self) -> Chosen:
