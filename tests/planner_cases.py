@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from espresso_ds.core.config import Constraints
@@ -248,3 +249,8 @@ def public_case(model, bed, codec, gpu_only=True):
         share=share,
     )
     return trace, cluster, codecs
+
+
+def chunked(units, chunk_numel, world_size):
+    """What units travel as, if all that are compressed are cut into chunks of one size."""
+    return [piece for unit in units for piece in replace(unit, chunk_numel=chunk_numel).pieces(world_size)]

@@ -5,13 +5,12 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from planner_cases import trace_of
+from planner_cases import chunked, trace_of
 
 from espresso_ds.core.config import Constraints
 from espresso_ds.core.option import Device, Option
 from espresso_ds.core.profile import ClusterProfile, CompressorProfile
 from espresso_ds.planner.bound import lower_bound
-from espresso_ds.planner.chunk import chunked
 from espresso_ds.planner.cost import Costs
 from espresso_ds.planner.floors import Floors
 from espresso_ds.planner.menu import Choice, Menu

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from planner_cases import cluster_of, codecs_of, menu_of, random_case, random_nested_case, small_menu, trace_of
+from planner_cases import chunked, cluster_of, codecs_of, menu_of, random_case, random_nested_case, small_menu, trace_of
 from ranks import DEADLINE_S, Ranks
 
 from espresso_ds.compressors import registry
@@ -13,7 +13,7 @@ from espresso_ds.core.chunks import chunk_lengths
 from espresso_ds.core.config import CompressorSettings
 from espresso_ds.core.option import Option
 from espresso_ds.feedback import Feedback
-from espresso_ds.planner.chunk import chunked, cut_into_chunks
+from espresso_ds.planner.chunk import cut_into_chunks
 from espresso_ds.planner.limits import Limits
 from espresso_ds.planner.search import best_plan
 from espresso_ds.planner.timeline import Unit, iteration_time

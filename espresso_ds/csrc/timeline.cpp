@@ -293,8 +293,8 @@ public:
         return won_ = choices[winner];
     }
 
-    // A lower bound of `attempt` for one unit, other units' ways left out. Whatever resource a unit needs, none of that work starts before the unit is ready,
-    // nor the work of the units behind it before they are.
+    // A lower bound of `attempt` for one unit, other units' ways left out. Whatever resource a unit needs, none of that work
+    // starts before the unit is ready, nor the work of the units behind it before they are.
     double floor(int unit, const double* work) const {
         const double* before = walks_[unit].load;
         double least = backward_ + suffix_[0][0] - before[0] + work[0];

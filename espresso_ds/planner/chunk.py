@@ -29,11 +29,6 @@ WORTHWHILE = 0.001
 """Least share of the step that cutting a unit must save."""
 
 
-def chunked(units: Sequence[Unit], chunk_numel: int | None, world_size: int) -> list[Unit]:
-    """What units travel as, if all that are compressed are cut into chunks of one size."""
-    return [piece for unit in units for piece in replace(unit, chunk_numel=chunk_numel).pieces(world_size)]
-
-
 def cut_into_chunks(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limits: Limits) -> list[Unit]:
     """The units with chunk sizes for those that gain by it, and the choices that then suit best; F(S) does not rise.
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ..core.option import Device
 from .cost import Operation, Resource
-from .curves import Curve
 from .menu import Menu
 
 PIECES = 16
@@ -31,8 +30,7 @@ class Floors:
 
     def __init__(self, menu: Menu, most: int) -> None:
         """Index the operations of the menu for a trace of `most` elements."""
-        self._costs = menu.costs
-        self._lowest: dict[int, Curve] = {}
+        self._costs = menu.costs.never_falling()
         self._operations = menu.operations
         self._steps = menu.steps[:, : int(menu.counts.max())].astype(int)  # no step: -1, the place after the last operation
         self._resource = np.array([*(menu.costs.resource(op) for op in self._operations), -1])[self._steps]
@@ -97,23 +95,17 @@ class Floors:
         seconds, payload = self._costs.curves(op)
         elements = -(-numel // op.divisor)
         if isinstance(op.action.at, Device):
-            return op.rows * self._floor(seconds)(elements)
-        each = elements * self._costs.element_bytes if payload is None else np.maximum(1.0, self._floor(payload)(elements))
-        return self._floor(seconds)(each if payload is None else op.rows * each)
+            return op.rows * seconds(elements)
+        each = elements * self._costs.element_bytes if payload is None else np.maximum(1.0, payload(elements))
+        return seconds(each if payload is None else op.rows * each)
 
     def _rate(self, op: Operation, most: int) -> float:
         """Least seconds of an operation per element of a buffer of at most `most`: a product of least rates of the floors."""
         seconds, payload = self._costs.curves(op)
         elements = -(-most // op.divisor)
         if isinstance(op.action.at, Device):
-            return op.rows / op.divisor * self._floor(seconds).least_rate(elements)
+            return op.rows / op.divisor * seconds.least_rate(elements)
         if payload is None:
-            return self._costs.element_bytes / op.divisor * self._floor(seconds).least_rate(elements * self._costs.element_bytes)
-        most_bytes = op.rows * max(1.0, float(self._floor(payload)(elements)))
-        return op.rows / op.divisor * self._floor(payload).least_rate(elements) * self._floor(seconds).least_rate(most_bytes)
-
-    def _floor(self, curve: Curve) -> Curve:
-        """The curve with every dip filled from the right: never falls, and is nowhere above what a larger size takes."""
-        if id(curve) not in self._lowest:
-            self._lowest[id(curve)] = curve.never_falling()
-        return self._lowest[id(curve)]
+            return self._costs.element_bytes / op.divisor * seconds.least_rate(elements * self._costs.element_bytes)
+        most_bytes = op.rows * max(1.0, float(payload(elements)))
+        return op.rows / op.divisor * payload.least_rate(elements) * seconds.least_rate(most_bytes)

@@ -46,11 +46,13 @@ def _largest_plain_part(
     units: Sequence[Unit], index: int, trace: ModelTrace, menu: Menu, limit_s: float
 ) -> tuple[Unit, Unit] | None:
     """The unit in two, of which one is uncompressed and as large as the limit allows; None if there is no such cut."""
+    if not units[index].option.compresses:
+        return None
     best, most = None, 0
     for left, right in _cuts(units[index], trace):
         for plain in (0, 1):
             pair = [left, right]
-            if pair[plain].numel <= most or not units[index].option.compresses:
+            if pair[plain].numel <= most:
                 continue
             for choice in menu.uncompressed.tolist():
                 pair[plain] = replace(pair[plain], option=menu.choices[choice].option, codec=0, chunk_numel=None)
