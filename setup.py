@@ -6,12 +6,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 HOOK = "espresso_ds_hook.pth"
+CSRC = Path("espresso_ds/csrc")
 
 # A plain library of C functions, loaded by ctypes: no Python or torch headers, and no instructions that only some CPUs have.
-# Without contraction its sums equal Python's. Optional: where no compiler is, all works in plain Python, slowly, and says so.
+# Kernels are compiled for several CPUs each and chosen at run time. Without contraction sums equal Python's, and each other's. Optional: where no compiler is, all works in plain Python, slowly, and says so.
 NATIVE = Extension(
     "espresso_ds._native",
-    sources=["espresso_ds/csrc/timeline.cpp"],
+    sources=sorted(str(source) for source in CSRC.glob("*.cpp")),
+    depends=sorted(str(header) for kind in ("*.h", "*.inc") for header in CSRC.glob(kind)),
     extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-pthread"],
     extra_link_args=["-pthread"],
     language="c++",

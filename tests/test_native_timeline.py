@@ -9,6 +9,7 @@ import pytest
 from planner_cases import menu_of, random_case, random_nested_case
 
 from espresso_ds.core.config import Constraints
+from espresso_ds.core import native as compiled
 from espresso_ds.planner import native
 from espresso_ds.planner.limits import Limits
 from espresso_ds.planner.menu import Menu
@@ -30,9 +31,14 @@ def library():
 @pytest.fixture
 def without_library(monkeypatch, tmp_path):
     """As if espresso_ds had been installed without a compiler."""
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "planner" / "native.py"))
-    native.library.cache_clear()
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "core" / "native.py"))
+    forget_library()
     yield
+    forget_library()
+
+
+def forget_library():
+    compiled.library.cache_clear()
     native.library.cache_clear()
 
 
@@ -182,12 +188,12 @@ def test_without_the_library_all_plans_are_the_same_with_one_warning(without_lib
     assert len(told) == 1 and "without its native code" in told[0] and "install a C++ compiler" in told[0]
     assert native.library() is None
     fast = None
-    native.library.cache_clear()
+    forget_library()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "__file__", native.__spec__.origin)
+        patch.setattr(compiled, "__file__", compiled.__spec__.origin)
         assert native.library() is not None, "espresso_ds was built without its native code"
         fast = plans()
-    native.library.cache_clear()
+    forget_library()
     assert slow == fast
     assert any(unit.option.compresses for unit in itertools.chain(*itertools.chain(*slow)))
     assert isinstance(menus()[0][1], Menu)

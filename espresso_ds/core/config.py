@@ -9,20 +9,35 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from .record import Record
 
 
+FeedbackMode = Literal["ef", "ef21", "dgc", "none"]
+STRENGTH = ("density", "bits", "rank", "range", "format", "vote", "warmup_steps")
+"""The settings that are parameters of some codecs and senseless for the others."""
+
+
 class CompressorSettings(Record):
     """Which codec, how strong, and its error memory."""
 
     name: str = Field("topk", description="name in the codec registry")
     density: float | None = Field(None, gt=0, le=1, description="sparsifiers: share of elements kept")
     bits: PositiveInt | None = Field(None, le=8, description="quantizers: bits per element")
-    feedback: Literal["ef", "none"] = "ef"
+    rank: PositiveInt | None = Field(None, description="PowerSGD: rank of the approximation")
+    range: Literal["minmax", "absmax"] | None = Field(None, description="quantize: what the grid of a block spans")
+    format: Literal["e4m3", "e5m2"] | None = Field(None, description="fp8: bits of exponent and mantissa")
+    vote: Literal["majority", "mean"] | None = Field(None, description="signsgd: what becomes of the ranks' signs")
+    warmup_steps: NonNegativeInt | None = Field(None, description="dgc: optimizer steps in which the density falls to its value")
+    feedback: FeedbackMode | None = Field(None, description="error memory; None: the codec's own, see the registry")
+    residual: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the error memory")
+    momentum: float = Field(0.9, ge=0, lt=1, description="feedback dgc: momentum, in place of the optimizer's")
+    clip: float | None = Field(None, gt=0, description="feedback dgc: most norm of a unit's gradient, over all ranks")
     seed: int = 0
 
     @property
     def label(self) -> str:
         """Short text for people, such as `topk density=0.01, ef`."""
-        strength = [f"{key}={value:g}" for key, value in (("density", self.density), ("bits", self.bits)) if value is not None]
-        return f"{' '.join([self.name, *strength])}, {'error feedback' if self.feedback == 'ef' else 'no error feedback'}"
+        given = {key: getattr(self, key) for key in STRENGTH if getattr(self, key) is not None}
+        strength = [f"{key}={value}" if isinstance(value, str) else f"{key}={value:g}" for key, value in given.items()]
+        memory = {None: "its own feedback", "ef": "error feedback", "none": "no error feedback"}.get(self.feedback, self.feedback)
+        return f"{' '.join([self.name, *strength])}, {memory}"
 
 
 class Constraints(Record):

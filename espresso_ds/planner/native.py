@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import warnings
 from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
+
+from ..core.native import declare
 
 _SIGNATURES = {
     "espresso_menu_new": (
@@ -46,18 +46,5 @@ _SIGNATURES = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where it was not built, with a warning: all works without it, hundreds of times slower."""
-    found = sorted(Path(__file__).parents[1].glob("_native*.so"))
-    if not found:
-        warnings.warn(
-            "espresso_ds was installed without its native code, so planning runs in plain Python and takes hundreds of times as "
-            "long; install a C++ compiler (apt install g++) and espresso_ds again",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    native = ctypes.CDLL(str(found[0]))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(native, name)
-        function.restype, function.argtypes = result, arguments
-    return native
+    """The compiled library with the timeline's functions, or None where it was not built."""
+    return declare(_SIGNATURES)
