@@ -10,33 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
-import numpy
 from rich.console import Console
 
 from espresso_ds.core.record import write_json
 
+from ..machine import machine
 from . import brute_force, gaps, paper, plain_algorithm_1, speed
 
 PARTS = {"paper": paper, "brute_force": brute_force, "gaps": gaps, "plain_algorithm_1": plain_algorithm_1, "speed": speed}
 RESULTS = Path(__file__).resolve().parents[1] / "results/planner.json"
-
-
-def machine() -> dict[str, str | int | float]:
-    """What the figures were taken on."""
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "load_average_1min": os.getloadavg()[0],
-        "taken": time.strftime("%Y-%m-%d"),
-    }
 
 
 def main() -> None:
