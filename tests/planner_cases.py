@@ -254,3 +254,20 @@ def public_case(model, bed, codec, gpu_only=True):
 def chunked(units, chunk_numel, world_size):
     """What units travel as, if all that are compressed are cut into chunks of one size."""
     return [piece for unit in units for piece in replace(unit, chunk_numel=chunk_numel).pieces(world_size)]
+
+
+def residual_bytes(unit, nodes, node):
+    """Bytes of fp32 error feedback on the busiest rank: at each compression what is left of the unit after the divisions so far."""
+    size = {"flat": nodes * node, "intra": node, "inter": nodes}
+    share, total, open_ = 1.0, 0.0, []
+    for word in str(unit.option).split():
+        task, at = word.split(".")
+        if task == "C":
+            total += 4 * share * unit.numel
+        elif task in ("RS", "A2A"):
+            open_.append(at)
+            share /= size[at]
+        elif task == "AG" and open_[-1:] == [at]:
+            open_.pop()
+            share *= size[at]
+    return total

@@ -15,10 +15,15 @@ CUTS = 12
 
 
 def spare(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limit_s: float) -> list[Unit]:
-    """Send elements uncompressed again while F(S) stays at most `limit_s`: whole units first, then parts of units.
+    """Send elements uncompressed again while F(S) stays at most `limit_s`: whole units first, then parts of units."""
+    kept = _whole(units, trace, menu, limit_s)
+    while (cut := _cut_one(kept, trace, menu, limit_s)) is not None:
+        kept = _whole(cut, trace, menu, limit_s)  # a cut may have made the plan faster
+    return kept
 
-    Units come in the order of what compression saves for their size, least first, so that the time goes as far as it can.
-    """
+
+def _whole(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limit_s: float) -> list[Unit]:
+    """Whole units in the order of what compression saves for their size, least first, so that the time goes as far as it can."""
     trials = Trials(units, trace, menu)
     compressed = [place for place in trials.places if trials.at(place).option.compresses]
     price = {
@@ -29,17 +34,16 @@ def spare(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limit_s: float) 
         _, choice = trials.best(place, menu.uncompressed, below=limit_s)
         if choice >= 0:
             trials.replace(place, choice)
-    kept = trials.units
-    changed = True
-    while changed:
-        changed = False
-        for index in sorted(range(len(kept)), key=lambda index: -kept[index].numel):
-            parts = _largest_plain_part(kept, index, trace, menu, limit_s)
-            if parts is not None:
-                kept = [*kept[:index], *parts, *kept[index + 1 :]]
-                changed = True
-                break
-    return kept
+    return trials.units
+
+
+def _cut_one(units: list[Unit], trace: ModelTrace, menu: Menu, limit_s: float) -> list[Unit] | None:
+    """The largest unit that can be cut so, in two parts; None if there is none."""
+    for index in sorted(range(len(units)), key=lambda index: -units[index].numel):
+        parts = _largest_plain_part(units, index, trace, menu, limit_s)
+        if parts is not None:
+            return [*units[:index], *parts, *units[index + 1 :]]
+    return None
 
 
 def _largest_plain_part(
