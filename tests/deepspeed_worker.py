@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -17,13 +18,24 @@ from plans import IDENTITY, plan_for, with_plan
 
 from espresso_ds.core.config import CompressorSettings
 from espresso_ds.core.errors import EspressoError
+from espresso_ds.integrations import engine_facts
 from espresso_ds.integrations.engine_facts import timing_config
 
 STEPS = 20
 WIDTH = 48
 DIVIDED = "C.cpu A2A.flat D.cpu C.cpu AG.flat D.cpu"
-BARE = CompressorSettings(name="identity", feedback="none", seed=5)
-TOPK, BARE_BF16 = CompressorSettings(name="topk", density=0.1), CompressorSettings(name="bf16", feedback="none")
+NESTED = "C.cpu A2A.intra A2A.inter D.cpu C.cpu AG.inter AG.intra D.cpu"
+ROOTED = "RD.intra C.cpu GA.inter D.cpu C.cpu BC.inter D.cpu BC.intra"
+FED, BARE = (CompressorSettings(name="identity", feedback=mode, seed=5) for mode in ("ef", "none"))
+TOPK, BARE_BF16 = CompressorSettings(name="topk", density=0.1, feedback="ef"), CompressorSettings(name="bf16", feedback="none")
+
+
+MAJORITY = CompressorSettings(name="signsgd")
+
+
+def shape():
+    """Hosts of two ranks each, as `main` makes them believe."""
+    return {"nodes": dist.get_world_size() // 2, "ranks": dist.get_world_size()}
 
 
 class Net(torch.nn.Module):
@@ -99,7 +111,7 @@ def planned(config, plan_arguments, **arguments):
 def planned_engine(config, plan_arguments, **arguments):
     bare = engine_for(config, **arguments)
     dtype = "bfloat16" if config.get("bf16") else "float32"
-    plan = plan_for(bare.module, timing_config(bare), ranks=dist.get_world_size(), dtype=dtype, **plan_arguments)
+    plan = plan_for(bare.module, timing_config(bare), **shape(), dtype=dtype, **plan_arguments)
     return engine_for(with_plan(config, plan, timeout_s=60), **arguments)
 
 
@@ -118,7 +130,10 @@ EQUAL = {
     "reduce-scatter": (ds_config(), {"option": "RS.flat AG.flat", "fuse": 5}, {}),
     "reduce": (ds_config(), {"option": "RD.flat BC.flat"}, {}),
     "identity codec": (ds_config(), {"option": DIVIDED, "fuse": 2}, {}),
-    "identity by turns with and without feedback": (ds_config(), {"option": DIVIDED, "compressors": (IDENTITY, BARE)}, {}),
+    "identity by turns with and without feedback": (ds_config(), {"option": DIVIDED, "compressors": (FED, BARE)}, {}),
+    "hierarchical": (ds_config(), {"option": "RS.intra AR.inter AG.intra", "fuse": 2}, {}),
+    "hierarchical, bf16": (ds_config(bf16={"enabled": True}), {"option": "RD.intra RS.inter AG.inter BC.intra"}, {}),
+    "hierarchical, identity codec": (ds_config(), {"option": NESTED, "compressors": (FED,), "fuse": 3}, {}),
 }
 
 
@@ -133,7 +148,7 @@ def compressed():
     """Every codec trains, and all ranks keep equal weights."""
     results = {}
     for name in ("topk", "randomk", "efsignsgd", "quantize", "fp16", "bf16"):
-        for option in ("C.cpu AG.flat D.cpu", "C.cpu GA.flat D.cpu C.cpu BC.flat D.cpu"):
+        for option in ("C.cpu AG.flat D.cpu", "C.cpu GA.flat D.cpu C.cpu BC.flat D.cpu", NESTED, ROOTED):
             settings = CompressorSettings(name=name, density=0.1 if name in ("topk", "randomk") else None)
             losses, checksum = planned(ds_config(), {"option": option, "compressors": (settings,), "fuse": 2})
             results[f"{name} {option}"] = {"losses": losses, "checksum": checksum}
@@ -147,7 +162,7 @@ def two_codecs():
         engine = planned_engine(ds_config(), {"option": "C.cpu AG.flat D.cpu", "compressors": (TOPK, BARE_BF16), "fuse": 3})
     try:
         losses, checksum = train(engine)
-        sites = {mode: sorted(memory.state_dict()) for mode, memory in engine.espresso.feedback.items()}
+        sites = {memory.mode: sorted(memory.state_dict()["sites"]) for memory in engine.espresso.feedback}
     finally:
         engine.espresso.detach()
     return {"losses": losses, "checksum": checksum, "sites": sites, "said": said.getvalue()}
@@ -167,7 +182,7 @@ def failures():
     facts, model = timing_config(bare), bare.module
 
     def plan(**arguments):
-        return plan_for(model, facts, **{"ranks": world, **arguments})
+        return plan_for(model, facts, **{**shape(), **arguments})
 
     def edited(change, seal=True):
         changed = plan().model_copy(update=change)
@@ -179,7 +194,7 @@ def failures():
     attempts = {
         "no plan": {**ds_config(), "espresso": {"compressor": {"name": "topk"}}},
         "unknown key": {**ds_config(), "espresso": {"compresor": {"name": "topk"}}},
-        "world size": with_plan(ds_config(), plan(ranks=world + 1)),
+        "world size": with_plan(ds_config(), plan(nodes=1, ranks=world + 1)),
         "config": with_plan(ds_config(train_micro_batch_size_per_gpu=8), good),
         "zero": with_plan(ds_config(zero_optimization={"stage": 1}), good),
         "missing tensor": edited({"tensors": tensors[1:]}),
@@ -187,7 +202,7 @@ def failures():
         "shape": edited({"tensors": (tensors[0].model_copy(update={"shape": (9,)}), *tensors[1:])}),
         "edited": edited({"tensors": tensors[::-1]}, seal=False),
         "sums payloads": with_plan(ds_config(), plan(option="C.cpu AR.flat D.cpu", compressors=(BARE_BF16, TOPK))),
-        "hierarchical": with_plan(ds_config(), plan(option="RS.intra AR.inter AG.intra")),
+        "votes": with_plan(ds_config(), plan(option="RS.intra C.cpu AG.inter D.cpu AG.intra", compressors=(MAJORITY,))),
         "codec out of range": edited({"tensors": (*tensors[:-1], tensors[-1].model_copy(update={"codec": 1}))}),
         "gpu": with_plan(ds_config(), plan(option="C.gpu AG.flat D.gpu")),
         "unknown codec": with_plan(ds_config(), plan(compressors=(IDENTITY, CompressorSettings(name="topq")))),
@@ -209,7 +224,7 @@ def failures():
 def alone():
     """Rank 0 has a plan, the others have none: it must not wait for them for ever."""
     bare = engine_for(ds_config())
-    plan = plan_for(bare.module, timing_config(bare), ranks=dist.get_world_size())
+    plan = plan_for(bare.module, timing_config(bare), **shape())
     try:
         engine_for(with_plan(ds_config(), plan, timeout_s=2) if dist.get_rank() == 0 else ds_config())
         return "no error"
@@ -235,6 +250,7 @@ def refire():
 def main():
     torch.set_num_threads(1)
     deepspeed.init_distributed()
+    engine_facts.socket = SimpleNamespace(gethostname=lambda: f"host{dist.get_rank() // 2}")
     mine = {case.__name__: case() for case in (equality, compressed, two_codecs, without_block, failures, refire, alone)}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

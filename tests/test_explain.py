@@ -117,9 +117,9 @@ def test_the_chrome_trace_ends_when_the_plan_says(tmp_path, capsys):
     assert any(name.startswith("C.cpu ") for name in names) and "backward" in names
 
 
-@pytest.mark.parametrize("asked", [(), ("--hierarchical",), ("--uncompressed",)], ids=str)
+@pytest.mark.parametrize("asked", [(), ("--flat",), ("--uncompressed",)], ids=str)
 def test_timelines_are_those_of_the_plan_whatever_was_asked_for(tmp_path, capsys, asked):
-    """The uncompressed plan beside it keeps to what the plan kept to: without --hierarchical it is flat."""
+    """The uncompressed plan beside it keeps to what the plan kept to: with --flat it is flat."""
     nested = nested_case(tmp_path)
     plan, file = planned(nested, *asked), tmp_path / "t.json"
     explain(capsys, nested, "--chrome", file)

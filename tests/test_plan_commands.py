@@ -56,7 +56,7 @@ def test_json_is_one_object_of_finite_numbers_that_are_the_plans(tmp_path):
     plan = load_plan_file(slow / "plan.json")[2]
     p = plan.predicted
     assert {key: shown[key] for key in type(p).model_fields} == p.model_dump()
-    assert shown["seal"] == plan.seal and shown["executable"] is True
+    assert shown["seal"] == plan.seal and shown["hierarchical_tensors"] == 0
     assert shown["speedup_over_stock"] == pytest.approx(p.stock_s / p.planned_s)
     assert shown["speedup_over_uncompressed"] == pytest.approx(p.uncompressed_s / p.planned_s) and p.planned_s < p.uncompressed_s
     assert shown["certified_gap"] == pytest.approx(p.planned_s / p.lower_bound_s - 1)
@@ -123,15 +123,16 @@ def test_what_the_block_asks_for_is_kept_to_and_stays_in_the_file(tmp_path, kind
     assert written.error_budget == block.get("error_budget")
 
 
-def test_hierarchical_options_only_where_they_are_asked_for(tmp_path, capsys):
+def test_hierarchical_options_unless_flat_ones_are_asked_for(tmp_path, capsys):
     nested = nested_case(tmp_path)
-    flat = planned(nested)
+    flat = planned(nested, "--flat")
+    assert load_plan_file(nested / "plan.json")[1].constraints.flat_only
     assert {Option.parse(tensor.option).levels for tensor in flat.tensors} == {frozenset({Level.FLAT})}
     capsys.readouterr()
-    whole = planned(nested, "--hierarchical", "--json")
+    whole = planned(nested, "--json")
     shown = strictly(capsys.readouterr().out.splitlines()[-1])
     assert any(Level.INTER in Option.parse(tensor.option).levels for tensor in whole.tensors)
-    assert shown["executable"] is False
+    assert shown["hierarchical_tensors"] > 0
     assert whole.predicted.planned_s < 0.9 * flat.predicted.planned_s
     assert whole.predicted.uncompressed_s < flat.predicted.uncompressed_s
 

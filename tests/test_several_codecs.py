@@ -119,7 +119,7 @@ def profile(monkeypatch):
 def test_a_profile_of_two_codecs_has_both_in_order(profile):
     profile, heard = profile
     topk, fp16 = profile.codecs
-    assert (topk.compressor, topk.summable, fp16.compressor, fp16.summable) == (TOPK, False, FP16, True)
+    assert (topk.compressor, topk.summable, fp16.compressor, fp16.summable) == (registry.resolve(TOPK), False, FP16, True)
     assert topk.relative_error > 0.5 > 1e-6 > fp16.relative_error > 0
     for codec in profile.codecs:
         (times,) = codec.devices

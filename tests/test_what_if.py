@@ -183,7 +183,7 @@ def command(*arguments, name="what-if"):
 
 
 @pytest.mark.parametrize(
-    "axis", [["--bandwidth", "10mbit..1gbit", "--points", "3"], ["--nodes", "1..4", "--hierarchical"], ["--bandwidth", ".5..2"]]
+    "axis", [["--bandwidth", "10mbit..1gbit", "--points", "3"], ["--nodes", "1..4"], ["--bandwidth", ".5..2"]]
 )
 def test_the_command_plans_for_every_point(files, tmp_path, capsys, axis):
     command(*files, *axis, "--json", "--picture", tmp_path / "p.png")
@@ -223,7 +223,7 @@ def test_a_plan_is_enough_where_its_profiles_lie_beside_it(files, tmp_path, caps
     capsys.readouterr()
     shown = []
     for start in ([tmp_path / "plan.json"], files):
-        command(*start, "--bandwidth", "10mbit..20mbit", "--points", 2, "--json")
+        command(*start, "--flat", "--bandwidth", "10mbit..20mbit", "--points", 2, "--json")
         shown.append(WhatIf.read(json.loads(capsys.readouterr().out), "printed").points[0].predicted)
     bound, free = shown
     assert bound.planned_bytes == bound.uncompressed_bytes > 2 * free.planned_bytes

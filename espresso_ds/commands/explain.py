@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 
 from ..core.config import EspressoBlock
-from ..core.option import Option
 from ..core.plan import Plan, load_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..core.record import write_json
@@ -64,11 +63,10 @@ def run(args: argparse.Namespace) -> None:
 
 def load_timelines(plan: Plan, directory: Path, block: EspressoBlock) -> dict:
     """The plan's timelines, from the profiles in `directory`. Raises FileError, MismatchError."""
-    flat = all(Option.parse(tensor.option).executable for tensor in plan.tensors)
     return timelines_of(
         plan,
         ModelTrace.load(directory / "trace.json"),
         ClusterProfile.load(directory / "cluster.json"),
         CompressorProfile.load(directory / "compressors.json"),
-        block.constraints.model_copy(update={"flat_only": True}) if flat else block.constraints,
+        block.constraints,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from .. import __version__
 from ..core.config import EspressoBlock
 from ..core.errors import FileError
-from ..core.option import Option
+from ..core.option import Level, Option
 from ..core.plan import BLOCK, Plan, load_json, plan_of, read_block, save_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..planner.build import make_plan
@@ -37,18 +37,14 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--uncompressed", action="store_true", help="no compression: only overlap with backward and fuse")
     thrift = "share of the fastest plan's step to give for leaving uncompressed what compression helps least (default: 0.01)"
     parser.add_argument("--thrift", type=float, help=thrift)
-    parser.add_argument(
-        "--hierarchical",
-        action="store_true",
-        help="search the whole option tree; this version can plan and predict all of it, but training refuses what is not flat",
-    )
+    parser.add_argument("--flat", action="store_true", help="no two-level schemes inside and between nodes")
     parser.add_argument("-o", "--out", type=Path, default=Path("plan.json"), help="(default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Plan and write the file."""
     config, block = read_ds_config(args.ds_config)
-    block = with_thrift(block, args)
+    block = with_arguments(block, args)
     profiles = ModelTrace.load(args.trace), ClusterProfile.load(args.cluster), CompressorProfile.load(args.compressors)
     if args.json:  # standard output is the summary's alone
         print(json.dumps(summary(write_plan(args, config, block, *profiles, report=lambda share, what: None))))
@@ -75,11 +71,14 @@ def read_ds_config(path: Path) -> tuple[dict[str, Any], EspressoBlock]:
     return config, read_block(config, str(path)) or EspressoBlock()
 
 
-def with_thrift(block: EspressoBlock, args: argparse.Namespace) -> EspressoBlock:
-    """The block with the command line's thrift, if given. Raises FileError at a value out of range."""
-    if args.thrift is None:
-        return block
-    return EspressoBlock.read({**block.model_dump(), "thrift": args.thrift}, "command line")
+def with_arguments(block: EspressoBlock, args: argparse.Namespace) -> EspressoBlock:
+    """The block with what the command line says of it. Raises FileError at a value out of range."""
+    asked = block.model_dump()
+    if args.thrift is not None:
+        asked["thrift"] = args.thrift
+    if args.flat:
+        asked["constraints"]["flat_only"] = True
+    return EspressoBlock.read(asked, "command line")
 
 
 def write_plan(
@@ -93,7 +92,6 @@ def write_plan(
     report: Report,
 ) -> Plan:
     """Make the plan and write it into a copy of the config. Raises MismatchError, FileError."""
-    constraints = block.constraints if args.hierarchical else block.constraints.model_copy(update={"flat_only": True})
     plan = make_plan(
         trace,
         cluster,
@@ -101,7 +99,7 @@ def write_plan(
         made_by=f"espresso_ds {__version__}",
         uncompressed=args.uncompressed,
         thrift=block.thrift,
-        constraints=constraints,
+        constraints=block.constraints,
         error_budget=block.error_budget,
         progress=lambda stage, done, total: report(done / max(1, total), stage),
     )
@@ -122,7 +120,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "units": len(plan.units()),
         "compressed_tensors": len(lossy),
         "compressed_numel": sum(tensor.numel for tensor in lossy),
-        "executable": all(Option.parse(tensor.option).executable for tensor in plan.tensors),
+        "hierarchical_tensors": sum(Option.parse(tensor.option).levels != {Level.FLAT} for tensor in plan.tensors),
         "seal": plan.seal,
     }
 

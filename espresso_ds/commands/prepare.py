@@ -13,7 +13,7 @@ from ..core.record import FileRecord
 from ..integrations import boot
 from .job import Reporter
 from .launching import add_cluster_arguments, add_launch_arguments
-from .plan import add_plan_arguments, describe, read_ds_config, with_thrift, write_plan
+from .plan import add_plan_arguments, describe, read_ds_config, with_arguments, write_plan
 from .profile import (
     add_compressor_arguments,
     alternative_settings,
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure what is not given, plan, and write plan.json; the profiles go to a directory beside it."""
     config, block = read_ds_config(args.ds_config)
     compressor, alternatives = compressor_settings(args, block.compressor), alternative_settings(args, block.alternatives)
-    block = with_thrift(block.model_copy(update={"compressor": compressor, "alternatives": alternatives}), args)
+    block = with_arguments(block.model_copy(update={"compressor": compressor, "alternatives": alternatives}), args)
     given: dict[str, Any] = {kind: record.load(path) for kind, record in FILES.items() if (path := getattr(args, kind))}
     directory = profile_directory(args.out)
     # Work beside the target, so that what is moved there at the end is whole whenever we are interrupted.

@@ -6,14 +6,17 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from ..core.config import CompressorSettings
+from ..core.config import STRENGTH, CompressorSettings
 from ..core.errors import FileError
 from ..core.profile import ClusterProfile, CodecProfile, CompressorProfile
 from .job import Report, Reporter, run_job
 from .launching import add_cluster_arguments, ranks_command
 
 _CODEC_TIMEOUT_S = 600.0
+_GIVEN = (*STRENGTH, "feedback", "residual", "momentum", "clip")
+"""Settings of a codec that the command line takes, by their own names."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -36,29 +39,35 @@ def add_compressor_arguments(parser: argparse.ArgumentParser) -> None:
     """Which codecs; what is not given comes from the config's espresso block, or else the codec's defaults."""
     group = parser.add_argument_group("compressor")
     group.add_argument(
-        "--compressor", metavar="NAME", help="codec, such as topk, randomk, efsignsgd, quantize, fp16, bf16 (default: topk)"
+        "--compressor", metavar="NAME", help="codec, such as topk, dgc, randomk, efsignsgd, quantize, fp8 (default: topk)"
     )
-    group.add_argument("--density", type=float, help="sparsifiers: share of elements kept")
-    group.add_argument("--bits", type=int, help="quantizers: bits per element")
-    group.add_argument("--feedback", choices=["ef", "none"], help="error memory (default: ef)")
+    for key in _GIVEN:
+        field = CompressorSettings.model_fields[key]
+        group.add_argument(f"--{key.replace('_', '-')}", metavar=_choices(field.annotation) or "N", help=field.description)
     group.add_argument(
         "--alternative",
         action="append",
         default=[],
         metavar="NAME[:KEY=VALUE]...",
         help="a further codec that single tensors may get, such as fp16:feedback=none or topk:density=0.1; repeatable "
-        "(keys: density, bits, feedback, seed)",
+        f"(keys: {', '.join((*_GIVEN, 'seed'))})",
     )
+
+
+def _choices(annotation: object) -> str:
+    """`a|b` for Literal["a", "b"], with or without None; empty for numbers."""
+    return "|".join(filter(None, (part if isinstance(part, str) else _choices(part) for part in get_args(annotation))))
 
 
 def compressor_settings(args: argparse.Namespace, base: CompressorSettings) -> CompressorSettings:
     """The settings from the command line over those of `base`. Raises FileError at a value out of range."""
-    given = {
-        key: value
-        for key, value in (("name", args.compressor), ("density", args.density), ("bits", args.bits), ("feedback", args.feedback))
-        if value is not None
-    }
-    kept = {"feedback": base.feedback, "seed": base.seed} if args.compressor else base.model_dump()
+    given = {key: value for key in _GIVEN if (value := getattr(args, key)) is not None}
+    kept = base.model_dump()
+    if args.compressor is not None:
+        given["name"] = args.compressor
+        kept = {
+            key: value for key, value in kept.items() if key not in STRENGTH
+        }  # that of another codec says nothing about this one
     return CompressorSettings.read({**kept, **given}, "compressor on the command line")
 
 

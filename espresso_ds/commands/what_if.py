@@ -43,9 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--worth", type=float, default=0.01, help="share of the step that compression must save (default: %(default)s)"
     )
-    parser.add_argument(
-        "--hierarchical", action="store_true", help="search the whole option tree; training refuses what is not flat so far"
-    )
+    parser.add_argument("--flat", action="store_true", help="no two-level schemes inside and between nodes")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the curve")
     parser.add_argument("--json", action="store_true", help="print the curve and the answers as JSON")
     parser.set_defaults(run=run)
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         raise FileError(f"{args.picture}: its directory does not exist; make it first")
     block, trace, cluster, compressors = load(args)
     axis, values = values_of(args, cluster)
-    plan_for = planner(trace, compressors, block, hierarchical=args.hierarchical)
+    plan_for = planner(trace, compressors, block, flat=args.flat)
     asked = {"model": trace.model, "target": args.target, "worth": args.worth}
     with nullcontext(_silent) if args.json else Reporter() as report:  # standard output is the JSON's alone
         found = what_if(cluster, axis, values, plan_for, **asked, progress=report)
@@ -114,10 +112,10 @@ def _over_measured(end: str, cluster: ClusterProfile) -> float:
 
 
 def planner(
-    trace: ModelTrace, compressors: CompressorProfile, block: EspressoBlock, *, hierarchical: bool
+    trace: ModelTrace, compressors: CompressorProfile, block: EspressoBlock, *, flat: bool
 ) -> Callable[[ClusterProfile], Prediction]:
     """Plans this model with these codecs for any cluster: as many ranks as it has, each computing as it was traced."""
-    constraints = block.constraints if hierarchical else block.constraints.model_copy(update={"flat_only": True})
+    constraints = block.constraints.model_copy(update={"flat_only": True}) if flat else block.constraints
 
     def plan_for(cluster: ClusterProfile) -> Prediction:
         there = {"world_size": cluster.world_size, "ranks_per_node": cluster.ranks_per_node}

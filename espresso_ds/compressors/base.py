@@ -24,14 +24,20 @@ class Codec(ABC):
     name: ClassVar[str]
     unbiased: bool = False
     """Whether decode(encode(x)) is x in the mean over seeds."""
-    contractive: bool = False
-    """Whether |x - decode(encode(x))| < |x| (in the mean over seeds), so that error feedback converges around it."""
     sum_dtype: torch.dtype | None = None
     """Set if payloads viewed as this dtype may be added up and then decoded as one (cast, RandomK with a shared seed)."""
     shared_seed: bool = False
     """Whether all ranks must encode with one seed. Others draw better apart: then their errors average out."""
-    votes: bool = False
-    """Whether decoding needs the payloads of all ranks at once (a majority), so that no partial sum may be made on the way."""
+
+    @property
+    def contractive(self) -> bool:
+        """Whether |x - decode(encode(x))| < |x| (in the mean over seeds), so that error feedback converges around it."""
+        return False
+
+    @property
+    def votes(self) -> bool:
+        """Whether decoding needs the payloads of all ranks at once (a majority), so that no partial sum may be made."""
+        return False
 
     def at(self, step: int) -> Codec:
         """The codec of an optimizer step, counted from 0; another than this one while a density warms up."""

@@ -1,6 +1,7 @@
 """Identity: the tensor as it is.
 
-No error. Payload: 4 n bytes. It lets every scheme be run and tested without loss, and payloads may be summed.
+No error, so unbiased and contractive. Payload: 4 n bytes. It lets every scheme be run and tested without loss, and payloads
+may be summed.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Codec
+from .spanwise import Spanwise
 
 
 @dataclass(frozen=True)
-class Identity(Codec):
+class Identity(Spanwise):
     """Raw fp32."""
 
     name = "identity"
+    unbiased = True
     contractive = True
     sum_dtype = torch.float32
 
@@ -25,12 +27,11 @@ class Identity(Codec):
         """4 n."""
         return 4 * numel
 
-    def encode(self, x: Tensor, payload: Tensor, seed: int, error: Tensor | None = None) -> None:
-        """Copy."""
-        payload.view(torch.float32).copy_(x)
-        if error is not None:
-            torch.sub(x, x, out=error)  # zero, and NaN where x is not finite
+    def _fields(self, payload: Tensor, numel: int) -> tuple[Tensor, ...]:
+        return (payload.view(torch.float32),)
 
-    def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
-        """Add."""
-        out.add_(payload.view(torch.float32))
+    def _write(self, p: Tensor, fields: tuple[Tensor, ...], span: slice, seed: int) -> None:
+        fields[0][span] = p
+
+    def _read(self, fields: tuple[Tensor, ...], span: slice) -> Tensor:
+        return fields[0][span]

@@ -1,17 +1,20 @@
-"""Uniform quantization to 1..8 bits within the range of each block of 4096 elements, rounding to nearest (Seide et al.,
-"1-Bit SGD", Interspeech 2014, for one bit; Alistarh et al., "QSGD", NeurIPS 2017, for blocks).
+"""Uniform quantization to 1..8 bits of each block of 4096 elements, rounding to nearest: the bucketed grids of QSGD (Alistarh et
+al., NeurIPS 2017) without its randomness.
 
-decode = (q - zero) * step with q in 0..L, L = 2**bits - 1, step = (hi - lo) / L, zero = round(-lo / step), where lo <= 0 <=
-hi are the extremes of the block and zero. Zero is thus on the grid: rows of an embedding that got no gradient stay exactly
-zero (Adam would turn any noise there into full steps), and every element's error is at most min(|x|, step / 2), which makes
-the codec contractive for any input. Without it a block with one spike would get half a step of noise everywhere. One bit
-cannot hold both signs on such a grid, so there the two levels are the means of the negative and of the other elements, which
-is contractive too: |x - decode|^2 <= |x|^2 - (n_neg lo^2 + n_pos hi^2). Biased, deterministic. Blocks whose step underflows
-fp32's normal range decode to zero (error x, kept by the error memory).
+decode = (q - zero) * step with q in 0..top. Two grids:
 
-Payload: 8 ceil(n / 4096) + ceil(n / 8) bits bytes: steps (fp32), zeros (fp32), packed q. At 4 bits the blocks' 8 bytes are
-0.4%; in longer blocks the range, and with it the error, follows the largest of more elements (and of more rows of a matrix),
-for less to save.
+minmax: top = 2**bits - 1, step = (hi - lo) / top, zero = round(-lo / step), where lo <= 0 <= hi are the extremes of the block
+and zero. Zero is thus on the grid: rows of an embedding that got no gradient stay exactly zero (Adam would turn any noise there
+into full steps), and every element's error is at most min(|p|, step / 2), which makes the codec contractive for any input.
+
+absmax: top = 2**bits - 2, zero = top / 2, step = max|p| / zero: symmetric, zero on the grid, 4 bytes per block less; same bound.
+One bit cannot hold zero and both signs: there the two levels are -s/2 and +s/2 with s = max|p|, which is not contractive.
+
+Biased, deterministic. Blocks whose step underflows fp32's normal range decode to zero (error p, kept by the error memory).
+
+Payload: (minmax 8, absmax 4) ceil(n / 4096) + ceil(n / 8) bits bytes: steps (fp32), minmax: zeros (fp32), packed q. At 4 bits
+the blocks' 8 bytes are 0.4%; in longer blocks the range, and with it the error, follows the largest of more elements (and of more
+rows of a matrix), for less to save.
 """
 
 from __future__ import annotations
@@ -21,102 +24,93 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import bits, blocks
+from .backend import kernel
 from .base import Codec
-from .bits import convert, pack, packed_nbytes, planes, scratch, spans, unpack
 
-BLOCK = 1 << 12
 _FP32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
 class Quantize(Codec):
-    """`bits` per element."""
+    """`bits` per element, on a grid over the `range` of the block: "minmax" or "absmax"."""
 
     bits: int
+    range: str = "minmax"
 
     name = "quantize"
-    contractive = True
+
+    @property
+    def contractive(self) -> bool:
+        """All but the two levels of absmax with one bit, neither of which is zero."""
+        return not (self._symmetric and self.bits == 1)
 
     def payload_nbytes(self, numel: int) -> int:
-        """8 ceil(n / 4096) + ceil(n / 8) bits."""
-        return 8 * -(-numel // BLOCK) + packed_nbytes(numel, self.bits)
+        """(4 or 8) ceil(n / 4096) + ceil(n / 8) bits."""
+        return (4 if self._symmetric else 8) * blocks.count(numel) + bits.packed_nbytes(numel, self.bits)
 
-    def encode(self, x: Tensor, payload: Tensor, seed: int, error: Tensor | None = None) -> None:
-        """Per span of whole blocks: range, levels, packed bits, error. A block with NaN or Inf gets a step that is not finite."""
-        steps, zeros, fields = self._fields(payload, x.numel())
-        for span, blocks, length in _rows(x):
-            _range(x[span].view(-1, length), self.bits, lo=zeros[blocks], hi=steps[blocks])
-        _grid(steps, zeros, self.bits)
-        inverses = torch.where(steps == 0, 0.0, 1 / steps)
-        for span, blocks, length in _rows(x):
-            rows, step, zero, inverse = x[span].view(-1, length), steps[blocks], zeros[blocks], inverses[blocks]
-            levels = torch.mul(rows, inverse[:, None], out=scratch(x, rows.numel()).view_as(rows))
-            levels.add_(zero[:, None]).round_().clamp_(0, 2**self.bits - 1)
-            whole = convert(levels.view(-1), scratch(x, rows.numel(), torch.uint8))
-            for shift, width, packed in fields:
-                part = whole if width == self.bits else (whole >> shift) & (2**width - 1)
-                pack(part, width, packed[_bytes(span, width)])
-            if error is not None:
-                levels.sub_(zero[:, None]).mul_(step[:, None])  # in the steps of decode_add, so that the error is exact
-                torch.sub(x[span], levels.view(-1), out=error[span])
+    def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
+        """A block with NaN or Inf is that of zeros, but for a step of NaN. Kernels write the same bytes as the reference."""
+        if fused := kernel("quantize_encode", x):
+            return fused(x, residual, kept, payload, self.bits, self._symmetric)
+        numel, p = x.numel(), blocks.rows(x, residual)
+        finite = p.isfinite().all(1)
+        p = torch.where(finite[:, None], p, 0.0)
+        step, zero, top = self._grid(p)
+        inverse = torch.where(step == 0, 0.0, 1 / step)
+        levels = (p * inverse[:, None] + zero[:, None]).clamp(0, top).round()
+        steps, zeros, packed = self._fields(payload, numel)
+        steps.copy_(torch.where(finite, step, torch.nan))
+        if zeros is not None:
+            zeros.copy_(zero)
+        bits.pack_levels(levels.to(torch.uint8).view(-1)[:numel], self.bits, packed)
+        if kept is not None:
+            blocks.keep(p - (levels - zero[:, None]) * step[:, None], kept)
 
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Add (q - zero) * step."""
-        steps, zeros, fields = self._fields(payload, out.numel())
-        for span, blocks, length in _rows(out):
-            numel = span.stop - span.start
-            parts = ((shift, unpack(packed[_bytes(span, width)], width, numel)) for shift, width, packed in fields)
-            _, whole = next(parts)
-            for shift, part in parts:
-                whole = whole | (part << shift)
-            levels = convert(whole, scratch(out, numel)).view(-1, length)
-            levels.sub_(zeros[blocks, None]).mul_(steps[blocks, None])
-            out[span].add_(levels.view(-1))
+        if fused := kernel("quantize_decode_sum", out):
+            return fused(payload[None], out, self.bits, self._symmetric, True)
+        steps, zeros, packed = self._fields(payload, out.numel())
+        levels = bits.unpack_levels(packed, self.bits, out.numel())
+        rows = torch.nn.functional.pad(levels, (0, -out.numel() % blocks.BLOCK)).view(-1, blocks.BLOCK).float()
+        zero = _middle(self.bits) if zeros is None else zeros[:, None]
+        out.add_(((rows - zero) * steps[:, None]).view(-1)[: out.numel()])
 
-    def _fields(self, payload: Tensor, numel: int) -> tuple[Tensor, Tensor, list[tuple[int, int, Tensor]]]:
-        head = 4 * -(-numel // BLOCK)
-        steps, zeros = payload[:head].view(torch.float32), payload[head : 2 * head].view(torch.float32)
-        return steps, zeros, planes(payload[2 * head :], numel, self.bits)
+    def decode_sum(self, rows: Tensor, out: Tensor, seed: int) -> None:
+        """In one pass over `out` where there is a kernel."""
+        if fused := kernel("quantize_decode_sum", out):
+            return fused(rows, out, self.bits, self._symmetric, False)
+        super().decode_sum(rows, out, seed)
 
+    @property
+    def _symmetric(self) -> bool:
+        return self.range == "absmax"
 
-def _range(rows: Tensor, bits: int, lo: Tensor, hi: Tensor) -> None:
-    """Write what the outermost levels of each row of (blocks, length) shall stand for."""
-    if bits == 1:
-        lo.copy_(_mean(rows.clamp(max=0), rows < 0))
-        hi.copy_(_mean(rows.clamp(min=0), rows >= 0))
-    else:
-        torch.amin(rows, 1, out=lo)
-        torch.amax(rows, 1, out=hi)
+    def _fields(self, payload: Tensor, numel: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        head = 4 * blocks.count(numel)
+        steps, rest = payload[:head].view(torch.float32), payload[head:]
+        return (steps, None, rest) if self._symmetric else (steps, rest[:head].view(torch.float32), rest[head:])
 
-
-def _grid(steps: Tensor, zeros: Tensor, bits: int) -> None:
-    """Turn `steps` from upper ends into steps and `zeros` from lower ends into zero levels, for all blocks at once."""
-    top = 2**bits - 1
-    lo, hi = zeros.clamp_(max=0), steps.clamp_(min=0)
-    step = hi / top - lo / top
-    # Near the edge of fp32 the full range would overflow in decoding: finite ends get a narrower grid, at whose end values clip.
-    limit = 0.9 * _FP32.max / top
-    step = torch.where((step > limit) & hi.isfinite() & lo.isfinite(), limit, step)
-    step.masked_fill_(step < _FP32.tiny, 0.0)
-    zero = (-lo / step).masked_fill_(step == 0, 0.0)
-    zeros.copy_((zero if bits == 1 else zero.round_()).clamp_(0, top))
-    steps.copy_(step)
+    def _grid(self, p: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Steps and zero levels of the rows of `p` (finite), and the top level."""
+        if self._symmetric:
+            middle = _middle(self.bits)
+            step = _usable(p.abs().amax(1) / p.new_tensor(max(1.0, middle)), middle)
+            return step, torch.full_like(step, middle), int(2 * middle)
+        top = 2**self.bits - 1
+        lo, hi, divisor = p.amin(1).clamp(max=0), p.amax(1).clamp(min=0), p.new_tensor(top)
+        step = _usable(hi / divisor - lo / divisor, top)
+        zero = torch.where(step == 0, 0.0, (0.0 - lo) / step).round().clamp(0, top)
+        return step, zero, top
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of each row over `mask`, outside of which `values` are zero; zero for an empty mask."""
-    return (values.sum(1, dtype=torch.float64) / mask.sum(1).clamp_(min=1)).to(torch.float32)
+def _middle(width: int) -> float:
+    """The level that stands for zero on the symmetric grid: half way between the two there are, for one bit."""
+    return (1 << (width - 1)) - 1 if width > 1 else 0.5
 
 
-def _rows(x: Tensor) -> list[tuple[slice, slice, int]]:
-    """(elements, blocks, block length) of each span of whole blocks, then of the short last block."""
-    whole = x.numel() // BLOCK * BLOCK
-    rows = [(span, slice(span.start // BLOCK, span.stop // BLOCK), BLOCK) for span in spans(x, 0, whole)]
-    if whole < x.numel():
-        rows.append((slice(whole, x.numel()), slice(whole // BLOCK, whole // BLOCK + 1), x.numel() - whole))
-    return rows
-
-
-def _bytes(span: slice, width: int) -> slice:
-    """Where a span lies in a plane; spans start at multiples of eight."""
-    return slice(span.start * width // 8, packed_nbytes(span.stop, width))
+def _usable(step: Tensor, levels: float) -> Tensor:
+    """Steps that underflow become zero; near the edge of fp32 `levels` of them would overflow in decoding: the ends then clip."""
+    limit = 0.9 * _FP32.max / max(1.0, levels)
+    return torch.where(step < _FP32.tiny, 0.0, step.clamp(max=limit))

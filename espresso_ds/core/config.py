@@ -8,7 +8,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from .record import Record
 
-
 FeedbackMode = Literal["ef", "ef21", "dgc", "none"]
 STRENGTH = ("density", "bits", "rank", "range", "format", "vote", "warmup_steps")
 """The settings that are parameters of some codecs and senseless for the others."""
@@ -25,9 +24,9 @@ class CompressorSettings(Record):
     format: Literal["e4m3", "e5m2"] | None = Field(None, description="fp8: bits of exponent and mantissa")
     vote: Literal["majority", "mean"] | None = Field(None, description="signsgd: what becomes of the ranks' signs")
     warmup_steps: NonNegativeInt | None = Field(None, description="dgc: optimizer steps in which the density falls to its value")
-    feedback: FeedbackMode | None = Field(None, description="error memory; None: the codec's own, see the registry")
-    residual: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the error memory")
-    momentum: float = Field(0.9, ge=0, lt=1, description="feedback dgc: momentum, in place of the optimizer's")
+    feedback: FeedbackMode | None = Field(None, description="error memory (default: the codec's own)")
+    residual: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the error memory (default: float32)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="feedback dgc: momentum, in place of the optimizer's (default: 0.9)")
     clip: float | None = Field(None, gt=0, description="feedback dgc: most norm of a unit's gradient, over all ranks")
     seed: int = 0
 

@@ -20,7 +20,8 @@ def library() -> ctypes.CDLL | None:
     if not found:
         warnings.warn(
             "espresso_ds was installed without its native code: planning runs in plain Python, hundreds of times as long, and "
-            "codecs on the CPU in plain torch, about ten times as long; install a C++ compiler (apt install g++) and espresso_ds again",
+            "codecs on the CPU in plain torch, some ten times as long; install a C++ compiler (apt install g++), then "
+            "espresso_ds again",
             RuntimeWarning,
             stacklevel=2,
         )

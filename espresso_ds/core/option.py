@@ -16,6 +16,9 @@ Tasks on a level of the network (``flat``, ``intra``, ``inter``) are routines:
 | A2A  | alltoall       | first       | payloads           |
 | GA   | gather         | first       | payloads           |
 | BC   | broadcast      | second step after RD or GA | both |
+
+PowerSGD is a path of its own, ``P.gpu AR.flat Q.gpu AR.flat D.gpu``: a matrix M goes out as the factors P = M Q and Q = M^T P,
+each summed by an allreduce, on one device throughout. It is not in the paper's tree.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from typing import NamedTuple, Self
 
 from .errors import FileError, nearest
@@ -34,6 +38,8 @@ class Task(StrEnum):
 
     COMPRESS = "C"
     DECOMPRESS = "D"
+    LEFT = "P"
+    RIGHT = "Q"
     ALLREDUCE = "AR"
     ALLGATHER = "AG"
     REDUCE_SCATTER = "RS"
@@ -58,7 +64,7 @@ class Level(StrEnum):
     INTER = "inter"
 
 
-CODEC_TASKS = frozenset({Task.COMPRESS, Task.DECOMPRESS})
+CODEC_TASKS = frozenset({Task.COMPRESS, Task.DECOMPRESS, Task.LEFT, Task.RIGHT})
 ROUTINES = frozenset(Task) - CODEC_TASKS
 SECOND_STEP = {
     Task.REDUCE_SCATTER: Task.ALLGATHER,
@@ -111,7 +117,12 @@ class Option:
     @cached_property
     def compresses(self) -> bool:
         """Whether any action compresses."""
-        return any(action.task is Task.COMPRESS for action in self.actions)
+        return self.compressions > 0
+
+    @cached_property
+    def low_rank(self) -> bool:
+        """Whether the tensor goes out as the factors of PowerSGD, which no codec makes."""
+        return any(action.task is Task.LEFT for action in self.actions)
 
     @cached_property
     def sums_payloads(self) -> bool:
@@ -123,13 +134,39 @@ class Option:
 
     @cached_property
     def compressions(self) -> int:
-        """How often the tensor is compressed on its way."""
-        return sum(action.task is Task.COMPRESS for action in self.actions)
+        """How often the tensor is compressed on its way; the two factors of PowerSGD are one compression."""
+        return sum(action.task in (Task.COMPRESS, Task.LEFT) for action in self.actions)
 
-    @property
-    def executable(self) -> bool:
-        """Whether this version's runtime can run it; hierarchical options are planned and predicted only."""
-        return self.levels == {Level.FLAT}
+    @cached_property
+    def compresses_gradients_only(self) -> bool:
+        """Whether what is compressed is a rank's own gradient, never a sum on its way."""
+        return self.compressions == 0 or (self.compressions == 1 and self.actions[0].task is Task.COMPRESS)
+
+    @cached_property
+    def decodes_all_ranks_at_once(self) -> bool:
+        """Whether the first decompression has the payloads of all ranks before it, none of them summed up."""
+        before = tuple(takewhile(lambda action: action.task is not Task.DECOMPRESS, self.actions))
+        met = {action.at for action in before}
+        unsummed = all(action.task not in (Task.ALLREDUCE, Task.REDUCE, Task.REDUCE_SCATTER) for action in before)
+        return unsummed and (Level.FLAT in met or {Level.INTRA, Level.INTER} <= met)
+
+    def unfit_for(self, *, summable: bool, votes: bool, keeps_scale: bool) -> str | None:
+        """Why a codec cannot be right on this way, or None if it can.
+
+        Args:
+            summable: its payloads may be added up.
+            votes: it needs the payloads of all ranks at once.
+            keeps_scale: what it decodes is as large as what it encoded, at least in the mean.
+        """
+        if not self.compresses or self.low_rank:
+            return None
+        if self.sums_payloads and not summable:
+            return "it sums payloads"
+        if votes and not self.decodes_all_ranks_at_once:
+            return "it decodes the payloads of some ranks apart from those of the others"
+        if not keeps_scale and not self.compresses_gradients_only:
+            return "it compresses sums of several ranks, whose size would be lost"
+        return None
 
     @cached_property
     def levels(self) -> frozenset[Level]:
@@ -140,7 +177,7 @@ class Option:
         """Follow the tensor through the actions; raise FileError at the first that cannot be done, or if it ends too early."""
         state = START
         for number, action in enumerate(self.actions):
-            following = dict(moves(state, summable=True))
+            following = dict(moves(state, summable=True, low_rank=True))
             step = action.task, (None if action.task in CODEC_TASKS else action.at)
             if step not in following:
                 expected = ", ".join(f"{task}.{at}" if at else task for task, at in following) or "nothing more"
@@ -149,6 +186,9 @@ class Option:
         if not state.ends:
             end = "compressed" if state.packed else "before the tensor is complete"
             raise FileError(f"option {str(self)!r}: ends {end}")
+        devices = {action.at for action in self.actions if isinstance(action.at, Device)}
+        if self.low_rank and len(devices) > 1:
+            raise FileError(f"option {str(self)!r}: P, Q and D work on one copy of the tensor; give them one device")
 
 
 class State(NamedTuple):
@@ -160,6 +200,7 @@ class State(NamedTuple):
     packed: bool = False
     fresh: bool = False  # just compressed: a routine must follow
     done: bool = False  # no routine is left
+    low_rank: int = 0  # steps taken along LOW_RANK; 0: the tensor takes another path
 
     @property
     def ends(self) -> bool:
@@ -168,9 +209,17 @@ class State(NamedTuple):
 
 
 START = State()
+LOW_RANK = (
+    (Task.LEFT, None),
+    (Task.ALLREDUCE, Level.FLAT),
+    (Task.RIGHT, None),
+    (Task.ALLREDUCE, Level.FLAT),
+    (Task.DECOMPRESS, None),
+)
+"""The path of PowerSGD: tasks with their levels (None: a device)."""
 
 
-def moves(state: State, summable: bool = False) -> Iterator[tuple[tuple[Task, Level | None], State]]:
+def moves(state: State, summable: bool = False, low_rank: bool = False) -> Iterator[tuple[tuple[Task, Level | None], State]]:
     """The edges of the option tree: each task that may come next, with its level (None: any device), and where it leads.
 
     Flat schemes take one phase; hierarchical ones are a divisible scheme inside the node around any scheme between nodes.
@@ -179,14 +228,19 @@ def moves(state: State, summable: bool = False) -> Iterator[tuple[tuple[Task, Le
         state: where the tensor is.
         summable: payloads may be added up, so that an allreduce carries them too. Not in the paper, whose indivisible routine
             for compressed tensors is allgather; its traffic grows with the number of ranks.
+        low_rank: PowerSGD's path may be taken, which is not in the paper either.
     """
+    if state.low_rank or (low_rank and state == START):
+        taken = state.low_rank + 1
+        if taken <= len(LOW_RANK):
+            yield LOW_RANK[taken - 1], State(packed=taken < len(LOW_RANK), done=True, low_rank=taken)
     if not state.done:
         for level in (Level.FLAT, Level.INTRA) if state.level is None else (state.level,):
             for task in _schemes(state, level, summable):
                 yield (task, level), _after(state, task, level)
         if not state.packed:
             yield (Task.COMPRESS, None), state._replace(packed=True, fresh=True)
-    if state.packed and not state.fresh:
+    if state.packed and not state.fresh and not state.low_rank:
         yield (Task.DECOMPRESS, None), state._replace(packed=False)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from .config import CompressorSettings, EspressoBlock
 from .errors import FileError
@@ -17,6 +17,17 @@ BLOCK = "espresso"
 _SHARED = ("option", "codec", "chunk_numel", "dtype")  # by the tensors of a unit
 
 
+def _valid_option(text: str) -> str:
+    try:
+        Option.parse(text)
+    except FileError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+OptionText = Annotated[str, AfterValidator(_valid_option)]
+
+
 class TensorDecision(Record):
     """What happens to one tensor. Tensors of one `unit` follow each other, share an option and travel as one buffer."""
 
@@ -24,22 +35,13 @@ class TensorDecision(Record):
     shape: tuple[NonNegativeInt, ...]
     dtype: str
     numel: PositiveInt
-    option: str
+    option: OptionText
     codec: NonNegativeInt = Field(0, description="which of the plan's compressors, where the option compresses")
     unit: NonNegativeInt
     chunk_numel: PositiveInt | None = Field(None, description="the compressed unit travels in chunks of about so many elements")
     firings: PositiveInt = 1
     saves_s: float = Field(0.0, description="predicted step time lost if this tensor's unit were sent uncompressed instead")
     why: str = Field("", description="the planner's reason, for people")
-
-    @field_validator("option")
-    @classmethod
-    def _valid(cls, text: str) -> str:
-        try:
-            Option.parse(text)
-        except FileError as error:
-            raise ValueError(str(error)) from None
-        return text
 
 
 class MadeFor(Record):
@@ -74,6 +76,25 @@ class Prediction(Record):
         return self.planned_s / self.lower_bound_s - 1
 
 
+class UnitPrediction(Record):
+    """One unit's way through the predicted step: seconds, to the microsecond."""
+
+    ready_s: NonNegativeFloat = Field(description="from the start of the step until its gradients are complete")
+    done_s: NonNegativeFloat = Field(description="from the start of the step until they are synchronised")
+    actions_s: tuple[NonNegativeFloat, ...] = Field(description="each action of the option at work, all chunks together")
+
+
+class StepPrediction(Record):
+    """What to expect of a run in detail: the step unit by unit, and memory beside model and optimizer on the busiest rank."""
+
+    backward_end_s: NonNegativeFloat = Field(description="from the start of the step")
+    synced_s: NonNegativeFloat = Field(description="from the start of the step until all gradients are synchronised")
+    after_s: NonNegativeFloat = Field(description="the optimizer, after that")
+    feedback_bytes: NonNegativeInt = Field(description="what error feedback remembers")
+    buffer_bytes: NonNegativeInt = Field(description="payloads and flat buffers")
+    units: tuple[UnitPrediction, ...] = Field(description="in the order on the wire")
+
+
 class Plan(FileRecord):
     """Decisions in the order on the wire. `seal` is the hash of all else: an edited plan is noticed."""
 
@@ -87,6 +108,7 @@ class Plan(FileRecord):
     compressors: tuple[CompressorSettings, ...] = Field(min_length=1)
     predicted: Prediction
     tensors: tuple[TensorDecision, ...]
+    step: StepPrediction | None = None
     seal: str = ""
 
     def sealed(self) -> Plan:
@@ -94,7 +116,8 @@ class Plan(FileRecord):
         return self.model_copy(update={"seal": self._hash()})
 
     def _hash(self) -> str:
-        return fingerprint(self.model_dump(mode="json", exclude={"seal"}))
+        absent = {"step"} if self.step is None else set()  # plans without it keep the seal that they were given
+        return fingerprint(self.model_dump(mode="json", exclude={"seal", *absent}))
 
     def units(self) -> list[tuple[TensorDecision, ...]]:
         """Tensors grouped by unit, in the order on the wire."""

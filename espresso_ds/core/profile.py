@@ -136,6 +136,8 @@ class CodecProfile(Record):
 
     compressor: CompressorSettings
     summable: bool = Field(description="whether payloads may be summed by an allreduce")
+    votes: bool = Field(False, description="whether decoding needs the payloads of all ranks at once")
+    keeps_scale: bool = Field(True, description="whether what is decoded is as large as what was encoded, at least in the mean")
     relative_error: NonNegativeFloat = Field(
         description="|x - decode(encode(x))|^2 / |x|^2 of normally distributed x: 0 loses nothing, 1 all"
     )

@@ -11,25 +11,32 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from .. import __version__
 from ..compressors import registry
 from ..compressors.base import Codec
+from ..compressors.powersgd import PowerSGD
 from ..core.chunks import chunk_lengths
-from ..core.errors import EspressoError, FileError, UnsupportedError
+from ..core.config import CompressorSettings
+from ..core.errors import EspressoError, FileError, MismatchError, UnsupportedError
 from ..core.option import Device, Level, Option
 from ..core.plan import Plan
 from ..feedback import Feedback
-from ..runtime import streams
+from ..feedback.low_rank import LowRankMemory
+from ..runtime import groups, streams
 from ..runtime.agree import Agreement, meet
-from ..runtime.executor import Compressor, Executor, Unit
+from ..runtime.executor import Compressor, Executor, Unit, unfit
 from ..runtime.lanes import Lanes
+from ..runtime.low_rank import LowRankCompressor
+from ..runtime.paths import Place
 from ..runtime.synchroniser import Member, Scaling, Synchroniser
-from .engine_facts import check_made_for, check_supported, layout, timing_config, trainable
+from ..runtime.trace import Recorder, run_trace, wanted_path
+from .engine_facts import Layout, check_made_for, check_supported, layout, timing_config, trainable
 from .plan_source import Source
 
 MEETING_S = 60.0
@@ -59,46 +66,54 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
         check_supported(engine)
     agreement.settle()
     assert source is not None
-    nodes, ranks_per_node = layout()
+    hosts = layout()
     with agreement.collecting():
-        check_made_for(source.plan, engine, nodes, ranks_per_node, source.where)
-        codecs = [registry.make(settings) for settings in source.plan.compressors]
-        _check_options(source.plan, codecs, timing_config(engine)["device"])
+        check_made_for(source.plan, engine, hosts.nodes, hosts.ranks_per_node, source.where)
+        compressors = [_compressor(settings, dist.get_world_size()) for settings in source.plan.compressors]
+        _check_options(source.plan, [compressor.codec for compressor in compressors], timing_config(engine)["device"], hosts)
+        trace_path = wanted_path(dist.get_rank())
     agreement.settle(_items(engine, source))
-    engine.espresso = Attachment(engine, source, codecs)
+    engine.espresso = Attachment(engine, source, compressors, trace_path)
     if dist.get_rank() == 0:
-        print(_banner(source), file=sys.stderr, flush=True)
+        print(_banner(source, engine.espresso.buffer_nbytes), file=sys.stderr, flush=True)
 
 
 class Attachment:
     """What `engine.espresso` holds: the running synchroniser and the way to take it off again (`detach`).
 
-    `feedback` has the residuals: one memory for each kind of feedback that the plan's compressors ask for.
+    `feedback` has the residuals: one memory for each of the plan's compressors. `recorder` has the spans of the last steps.
 
     Args:
         engine: a DeepSpeedEngine for which the plan was checked.
         source: the plan and the block it stands in.
-        codecs: one for each of the plan's compressors.
+        compressors: one for each of the plan's.
+        trace_path: where this rank's run trace goes in the end, if anywhere.
     """
 
-    def __init__(self, engine: Any, source: Source, codecs: Sequence[Codec]) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        source: Source,
+        compressors: Sequence[Compressor | LowRankCompressor],
+        trace_path: Path | None = None,
+    ) -> None:
         plan, timeout_s = source.plan, source.block.timeout_s
         parameters = trainable(engine)
         device = next(iter(parameters.values())).device
         units = _units(plan, parameters)
-        steps = max(chunks[0].steps for chunks, _ in units)
-        backend = dist.get_backend()
-        self._groups = [dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s)) for _ in range(steps)]
-        self.feedback = {settings.feedback: Feedback(settings.feedback) for settings in plan.compressors}
+        chunks = [chunk for chunks, _ in units for chunk in chunks]
+        place = Place(plan.made_for.nodes, plan.made_for.ranks_per_node, dist.get_rank())
+        self._groups = groups.make(place, {chunk.option for chunk in chunks}, dist.get_backend(), timeout_s)
+        self.feedback = [compressor.feedback for compressor in compressors]
+        steps = max(chunk.steps for chunk in chunks)
         wire_dtype = engine.communication_data_type
-        compressors = [
-            Compressor(codec, self.feedback[settings.feedback], settings.seed)
-            for codec, settings in zip(codecs, plan.compressors, strict=True)
-        ]
-        executor = Executor(compressors, self._groups, wire_dtype)
+        self.recorder = Recorder(steps + 1, len(chunks))
+        self._executor = Executor(chunks, compressors, self._groups, wire_dtype, device, self.recorder)
         self._lanes = Lanes(steps, timeout_s, functools.partial(streams.enter_lane, device))
-        self.synchroniser = Synchroniser(units, executor, self._lanes, scaling_of(engine), wire_dtype)
+        self.synchroniser = Synchroniser(units, self._executor, self._lanes, scaling_of(engine), wire_dtype, self.recorder)
         self.plan = plan
+        self._rank, self._device = place.rank, device.type
+        self._trace_path = trace_path
         self._engine = engine
         self._hooks = [
             param.register_post_accumulate_grad_hook(functools.partial(self._ready, name)) for name, param in parameters.items()
@@ -106,17 +121,26 @@ class Attachment:
         engine.buffered_allreduce_fallback = self._flush
         atexit.register(self.detach)
 
+    @property
+    def buffer_nbytes(self) -> int:
+        """Bytes that this rank keeps for synchronising beside the gradients and the memory of feedback."""
+        return self._executor.buffer_nbytes + self.synchroniser.buffer_nbytes + self.recorder.nbytes
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write this rank's last steps for `espresso compare`; call it between steps. Raises FileError (no such directory)."""
+        made_by = f"espresso_ds {__version__}"
+        run_trace(self.recorder, self.plan, rank=self._rank, device=self._device, made_by=made_by).save(path)
+
     def detach(self) -> None:
-        """Give the engine back its own allreduce and stop the lanes."""
+        """Give the engine back its own allreduce, stop the lanes, and write the run trace that was asked for."""
         atexit.unregister(self.detach)
         for hook in self._hooks:
             hook.remove()
         self._engine.__dict__.pop("buffered_allreduce_fallback", None)
         self._lanes.close()
-        if dist.is_initialized():
-            for group in self._groups:
-                dist.destroy_process_group(group)
-        self._groups.clear()  # the executor's too: gloo aborts if its threads outlive the interpreter
+        self._groups.close(destroy=dist.is_initialized())
+        if self._trace_path is not None:
+            self.save_trace(self._trace_path)
 
     def _ready(self, name: str, _: torch.nn.Parameter) -> None:
         engine = self._engine
@@ -152,21 +176,36 @@ def _units(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> list[tuple[
         lengths = chunk_lengths(numel, tensors[0].chunk_numel if option.compresses else None, dist.get_world_size())
         labels = [label] if len(lengths) == 1 else [f"{label} [{place}]" for place in range(len(lengths))]
         codec = tensors[0].codec
-        chunks = [Unit(next(index), text, length, option, codec) for text, length in zip(labels, lengths, strict=True)]
+        shapes = tuple(tensor.shape for tensor in tensors)
+        chunks = [Unit(next(index), text, length, option, codec, shapes) for text, length in zip(labels, lengths, strict=True)]
         units.append((chunks, [Member(tensor.name, parameters[tensor.name], tensor.firings) for tensor in tensors]))
     return units
 
 
-def _check_options(plan: Plan, codecs: Sequence[Codec], device: str | int | float | bool) -> None:
-    """Raise FileError or UnsupportedError at the first tensor whose option its codec, this device or we cannot carry out."""
+def _compressor(settings: CompressorSettings, world: int) -> Compressor | LowRankCompressor:
+    dtype = getattr(torch, settings.residual)
+    if settings.name == PowerSGD.name:
+        codec = PowerSGD.of(settings)
+        return LowRankCompressor(codec, LowRankMemory(settings.feedback or "ef", dtype), settings.seed)
+    settings = registry.resolve(settings)
+    assert settings.feedback is not None
+    memory = Feedback(settings.feedback, dtype, momentum=settings.momentum, clip=settings.clip, world_size=world)
+    return Compressor(registry.make(settings), memory, settings.seed)
+
+
+def _check_options(plan: Plan, codecs: Sequence[Codec | PowerSGD], device: str | int | float | bool, hosts: Layout) -> None:
+    """Raise FileError or MismatchError at the first tensor whose option its codec, this device or these ranks cannot do."""
     for tensor in plan.tensors:
         option, codec = Option.parse(tensor.option), codecs[tensor.codec]
-        if option.sums_payloads and codec.sum_dtype is None:
-            raise FileError(f"{tensor.name}: option {option} sums payloads, which {codec.name} does not allow; plan again")
-        if option.levels != {Level.FLAT}:
-            raise UnsupportedError(
-                f"{tensor.name}: option {option} is not flat, which cannot be run yet; "
-                'set "constraints": {"flat_only": true} and plan again'
+        if why := unfit(codec, option):
+            raise FileError(f"{tensor.name}: option {option} is wrong for {codec.name}: {why}; plan again")
+        if option.low_rank and tensor.chunk_numel is not None:
+            raise FileError(f"{tensor.name}: option {option} factors whole matrices; remove chunk_numel ({tensor.chunk_numel})")
+        if option.levels != {Level.FLAT} and not hosts.in_order:
+            raise MismatchError(
+                f"{tensor.name}: option {option} works inside and between hosts, but the ranks of a host do not follow each "
+                'other (such as with `mpirun --map-by node`); place them host by host, or set "constraints": {"flat_only": true} '
+                "and plan again"
             )
         if device == "cpu" and any(action.at is Device.GPU for action in option.actions):
             raise FileError(f"{tensor.name}: option {option} compresses on a GPU, but the model computes on the CPU; plan again")
@@ -181,7 +220,7 @@ def _items(engine: Any, source: Source) -> dict[str, str]:
     return items
 
 
-def _banner(source: Source) -> str:
+def _banner(source: Source, buffer_nbytes: int) -> str:
     plan = source.plan
     used = Counter(tensor.codec for tensor in plan.tensors if Option.parse(tensor.option).compresses)
     codecs = "; ".join(f"{count} with {plan.compressors[codec].label}" for codec, count in sorted(used.items()))
@@ -190,5 +229,6 @@ def _banner(source: Source) -> str:
         f"espresso: plan active ({source.where}): {used.total()} of {len(plan.tensors)} tensors compressed"
         f"{f' ({codecs})' if codecs else ''}, "
         f"{predicted.planned_bytes / 1e6:.2f} MB sent per rank and step instead of {predicted.uncompressed_bytes / 1e6:.2f} MB, "
-        f"expected step {predicted.planned_s:.3f} s (DeepSpeed alone: {predicted.stock_s:.3f} s)"
+        f"expected step {predicted.planned_s:.3f} s (DeepSpeed alone: {predicted.stock_s:.3f} s), "
+        f"{buffer_nbytes / 1e6:.1f} MB of buffers on this rank"
     )

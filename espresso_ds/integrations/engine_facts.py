@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -84,14 +85,22 @@ def check_supported(engine: Any) -> None:
             raise UnsupportedError(f"a plan cannot be kept under {what} yet; {fix}, or run without the plan (ESPRESSO_DISABLE=1)")
 
 
-def layout() -> tuple[int, int]:
+class Layout(NamedTuple):
+    """Where the ranks are. `in_order`: those of a host follow each other."""
+
+    nodes: int
+    ranks_per_node: int
+    in_order: bool
+
+
+def layout() -> Layout:
     """Nodes and ranks per node of the running job, by hostname. Collective. Raises MismatchError on uneven hosts."""
     names: list = [None] * dist.get_world_size()
     dist.all_gather_object(names, socket.gethostname())
     counts = Counter(names)
     if len(set(counts.values())) > 1:
         raise MismatchError(f"hosts have different numbers of ranks: {dict(counts)}; give each host the same number of slots")
-    return len(counts), counts[names[0]]
+    return Layout(len(counts), counts[names[0]], in_order=len(list(groupby(names))) == len(counts))
 
 
 def check_made_for(plan: Plan, engine: Any, nodes: int, ranks_per_node: int, where: str) -> None:

@@ -40,7 +40,7 @@ class _Tracer:
         atexit.register(vars(self).pop, "_group")  # gloo aborts if its threads outlive the interpreter
         self._parameters = trainable(engine)
         self._recorder = Recorder(self._parameters)
-        self._nodes, self._ranks_per_node = layout()
+        self._ranks_per_node = layout().ranks_per_node
         self._backward, self._take_step = engine.backward, engine._take_model_step
         engine.backward = self._timed_backward
         engine._take_model_step = self._timed_step

@@ -16,6 +16,7 @@ from .limits import Limits
 from .menu import Choice, Menu
 from .reasons import reasons
 from .search import Progress, best_plan, best_uncompressed, certified_plan
+from .step_prediction import step_prediction
 from .thrift import spare
 from .timeline import Timeline, Unit, simulate, stock_time, stock_timeline
 from .tree import allowed, is_exact, option_tree
@@ -109,6 +110,7 @@ def make_plan(
         compressors=tuple(codec.compressor for codec in compressors.codecs),
         predicted=predicted,
         tensors=tensors,
+        step=step_prediction(units, trace, costs),
     ).sealed()
 
 
@@ -131,7 +133,8 @@ def make_menu(trace: ModelTrace, costs: Costs, constraints: Constraints = NO_CON
         if constraints.summable_only and not codec.summable:
             continue
         for option in allowed(option_tree(devices, codec.summable), constraints, *costs.shape):
-            if costs.has(option):
+            unfit = option.unfit_for(summable=codec.summable, votes=codec.votes, keeps_scale=codec.keeps_scale)
+            if unfit is None and costs.has(option):
                 choices[Choice(option, number if option.compresses else 0)] = None
     if not any(not choice.option.compresses for choice in choices):
         names = ", ".join(codec.compressor.name for codec in costs.codecs)

@@ -260,6 +260,11 @@ class Costs:
     def curves(self, operation: Operation) -> tuple[Curve, Curve | None]:
         """What `seconds` looks up: seconds over elements or bytes, and the payload's bytes over elements. Raises FileError."""
         at = operation.action.at
+        if operation.task in (Task.LEFT, Task.RIGHT):
+            raise FileError(
+                f"compressor profile: {operation.action} was not measured, since what PowerSGD sends depends on the shapes of "
+                "tensors and not on their sizes; plan with another codec"
+            )
         if isinstance(at, Device):
             return self._of(self._encode if operation.task is Task.COMPRESS else self._decode, operation.codec, at), None
         payload = None if operation.payload_of is None else self._of(self._payload, operation.codec, operation.payload_of)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..core.option import Option
 from ..core.profile import ModelTrace
-from .memory import feedback_per_element
+from .memory import feedback_per_element, precision_of
 from .menu import Choice, Chosen, Menu
 from .timeline import Unit
 from .trials import Trials
@@ -45,9 +45,8 @@ class Limits:
         use: list[list[float]] = []  # by limit and choice: what an element uses up
         self._most: list[float] = []
         if residual_bytes is not None:
-            reversible = trace.config.get("precision") == "fp16"
             self._most.append(residual_bytes)
-            use.append([_feedback_bytes(choice, menu, reversible) for choice in menu.choices])
+            use.append([_feedback_bytes(choice, menu, precision_of(trace)) for choice in menu.choices])
         if error_budget is not None:
             self._most.append(error_budget * sum(tensor.numel for tensor in trace.tensors))
             use.append([menu.costs.codecs[c.codec].relative_error if c.option.compresses else 0.0 for c in menu.choices])
@@ -143,7 +142,7 @@ class Limits:
         return self._subsets[key]
 
 
-def _feedback_bytes(choice: Choice, menu: Menu, reversible: bool) -> float:
+def _feedback_bytes(choice: Choice, menu: Menu, precision: str) -> float:
     if not choice.option.compresses:
         return 0.0
-    return feedback_per_element(choice.option, menu.costs.codecs[choice.codec].compressor, menu.costs.shape, reversible)
+    return feedback_per_element(choice.option, menu.costs.codecs[choice.codec].compressor, menu.costs.shape, precision)

@@ -7,8 +7,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..core.config import CompressorSettings
-from ..core.memory import feedback_bytes, receiver_bytes
+from ..core.memory import feedback_bytes, must_reverse, receiver_bytes
 from ..core.option import Action, Device, Level, Option, Task
+from ..core.profile import ModelTrace
 from .cost import WIRE_BYTES, Costs, Shape, operations
 from .timeline import Unit
 
@@ -24,8 +25,13 @@ class Memory(NamedTuple):
     buffers: int
 
 
+def precision_of(trace: ModelTrace) -> str:
+    """Of the gradients: "fp32", "bf16" or "fp16"."""
+    return str(trace.config.get("precision", "fp32"))
+
+
 @lru_cache(maxsize=1 << 15)
-def feedback_per_element(option: Option, settings: CompressorSettings, shape: Shape, reversible: bool = False) -> float:
+def feedback_per_element(option: Option, settings: CompressorSettings, shape: Shape, precision: str = "fp32") -> float:
     """Bytes of feedback for each element of a unit: at every compression for what the rank is then in charge of, and what
     receivers keep, at every decompression. A rank that is some unit's root is counted as such.
 
@@ -33,12 +39,13 @@ def feedback_per_element(option: Option, settings: CompressorSettings, shape: Sh
         option: of the unit.
         settings: of its codec; feedback that is not named counts as "ef".
         shape: of the cluster.
-        reversible: whether steps may be taken back, as under a loss scaler.
+        precision: of the gradients: "fp32", "bf16" or "fp16".
 
     Raises:
         UnsupportedError: a memory that the feedback cannot have.
     """
     mode, found, compressions = settings.feedback or "ef", 0.0, 0
+    reversible = must_reverse(mode, precision)
     for action, share in _shares(option, shape):
         if action.task is Task.COMPRESS:
             found += share * feedback_bytes(mode, settings.residual, reversible, recompressed=compressions > 0)
@@ -103,7 +110,7 @@ def unit_bytes(unit: Unit, costs: Costs) -> int:
     return 0 if alone else unit.numel * itemsize
 
 
-def memory_of(units: Sequence[Unit], costs: Costs, reversible: bool = False) -> Memory:
+def memory_of(units: Sequence[Unit], costs: Costs, precision: str = "fp32") -> Memory:
     """What a plan of these units takes. Raises FileError (a size was not measured), UnsupportedError."""
     feedback = buffers = 0.0
     for unit in units:
@@ -112,5 +119,5 @@ def memory_of(units: Sequence[Unit], costs: Costs, reversible: bool = False) -> 
             buffers += buffer_bytes(piece.option, piece.numel, costs, piece.codec)
             settings = costs.codecs[piece.codec].compressor
             if piece.option.compresses:
-                feedback += piece.numel * feedback_per_element(piece.option, settings, costs.shape, reversible)
+                feedback += piece.numel * feedback_per_element(piece.option, settings, costs.shape, precision)
     return Memory(round(feedback), round(buffers))

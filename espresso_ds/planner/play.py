@@ -25,6 +25,7 @@ def play(
     contention: float,
     link_contention: float,
     log: list[tuple[int, int, int, float, float]] | None = None,
+    became_ready: list[float] | None = None,
 ) -> tuple[float, float]:
     """Play the units through lanes and resources, event by event; return the ends of backward and of the last synchronisation.
 
@@ -38,6 +39,7 @@ def play(
         contention: seconds by which one second of codec work on the CPU delays the backward.
         link_contention: the same of a busy link.
         log: gets each step as (unit, step, resource, start, end), in the order in which they end.
+        became_ready: gets the time at which the slowed-down backward made each unit ready.
     """
     count = len(walks)
     targets = [*ready_s, backward_s]  # how far backward must be; the last entry is its end
@@ -107,6 +109,8 @@ def play(
                 if at[_CPU][0] >= 0:
                     until[_CPU] = now + (until[_CPU] - now) / shared
             else:
+                if became_ready is not None:
+                    became_ready.append(now)
                 passed[0] = upcoming
                 serve(0)
         else:

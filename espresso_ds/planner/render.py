@@ -18,14 +18,17 @@ from ..core.errors import FileError, nearest
 from ..core.option import UNCOMPRESSED, Option
 from ..core.plan import Plan, TensorDecision
 from .cost import LINKS, Resource
+from .measured import COPIES
 from .timeline import Span, Timeline
 
 _COLOURS = {
     "forward": "#b9c6d3",
     "backward": "#7f96ad",
     "optimizer": "#d9dee4",
+    "model": "#9fb0c2",
     "compress": "#e08a1e",
     "decompress": "#f2c14e",
+    "copy": "#a58bc4",
     "communicate, uncompressed": "#c0392b",
     "communicate, compressed": "#2e8b57",
 }
@@ -45,7 +48,7 @@ def explain(plan: Plan, name: str | None = None) -> RenderableType:
     """
     if name is not None:
         return _one_tensor(plan, name)
-    return Group(_verdict(plan), _summary(plan), _units(plan))
+    return Group(_verdict(plan), _summary(plan), *_memory(plan), _units(plan))
 
 
 def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
@@ -108,6 +111,8 @@ def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
 def _kind(span: Span, packed: set[tuple[int, float]]) -> str:
     if span.unit < 0:
         return span.action
+    if span.action in COPIES.values():
+        return "copy"
     if span.resource not in LINKS:
         return "compress" if span.action.startswith("C.") else "decompress"
     return "communicate, compressed" if (span.unit, span.start_s) in packed else "communicate, uncompressed"
@@ -181,6 +186,14 @@ def _summary(plan: Plan) -> Table:
             label, _seconds(time), f"{p.stock_s / time:.2f}x" if time else "", _bytes(sent) if sent else "", style=style
         )
     return table
+
+
+def _memory(plan: Plan) -> list[Text]:
+    """What the plan takes of each rank's memory, if it says so."""
+    if plan.step is None:
+        return []
+    kept, buffers = _bytes(plan.step.feedback_bytes), _bytes(plan.step.buffer_bytes)
+    return [Text(f"Memory of a rank, at most: {kept} of error feedback and {buffers} of buffers.")]
 
 
 def _units(plan: Plan) -> Table:

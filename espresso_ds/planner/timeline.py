@@ -105,6 +105,8 @@ class Timeline:
     synced_s: float
     """End of the last synchronisation; the end of backward where that is later."""
     iteration_s: float
+    ready_s: tuple[float, ...] = ()
+    """When the gradients of each unit or chunk were complete, in plan order."""
 
     @property
     def exposed_s(self) -> float:
@@ -169,9 +171,10 @@ def simulate(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> Timeline
     units = [piece for unit in units for piece in unit.pieces(costs.world)]
     walks = [costs.walk(unit.option, unit.numel, unit.codec) for unit in units]
     log: list[tuple[int, int, int, float, float]] = []
+    became_ready: list[float] = []
     ready = [unit.ready_s for unit in units]
     lean = [walk.lean for walk in walks]
-    backward_end, synced = play(lean, ready, trace.backward_s, costs.contention, costs.link_contention, log)
+    backward_end, synced = play(lean, ready, trace.backward_s, costs.contention, costs.link_contention, log, became_ready)
     names = [unit.name(trace) for unit in units]
     offset = trace.forward_s
     spans = [
@@ -182,7 +185,8 @@ def simulate(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> Timeline
     stopped = [(span.start_s, span.end_s) for span in spans if span.resource is Resource.COMPUTE]
     spans += _model_spans(trace, offset + backward_end, offset + synced, stopped)
     spans.sort(key=lambda span: (span.resource, span.start_s))
-    return Timeline(tuple(spans), offset + backward_end, offset + synced, offset + synced + trace.after_s)
+    ends = offset + backward_end, offset + synced, offset + synced + trace.after_s
+    return Timeline(tuple(spans), *ends, tuple(offset + now for now in became_ready))
 
 
 def stock_time(trace: ModelTrace, costs: Costs) -> float:

@@ -26,20 +26,22 @@ from ..core.option import START, Action, Device, Level, Option, State, Task, mov
 
 
 @lru_cache(maxsize=64)
-def option_tree(devices: tuple[Device, ...], summable: bool = False) -> tuple[Option, ...]:
+def option_tree(devices: tuple[Device, ...], summable: bool = False, low_rank: bool = False) -> tuple[Option, ...]:
     """All options, shortest first: 174 with one device, 4341 with two (E's |C_gpu| and |C|). Uncompressed allreduce comes first.
 
     Args:
         devices: where compressions and decompressions may run.
         summable: with the options that sum payloads in an allreduce, which are not in the paper's tree.
+        low_rank: with the path of PowerSGD on each device, which is not in the paper's tree either.
     """
     found: list[tuple[Action, ...]] = []
 
     def grow(path: tuple[Action, ...], state: State) -> None:
         if state.ends:
             found.append(path)
-        for (task, level), after in moves(state, summable):
-            for place in devices if level is None else (level,):
+        for (task, level), after in moves(state, summable, low_rank):
+            own = (path[0].at,) if state.low_rank else devices  # PowerSGD's tasks work on one copy of the tensor
+            for place in own if level is None else (level,):
                 grow((*path, Action(task, place)), after)
 
     grow((), START)

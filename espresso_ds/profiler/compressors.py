@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from espresso_ds.compressors.base import Codec
-from espresso_ds.compressors.registry import make
+from espresso_ds.compressors.registry import make, resolve
 from espresso_ds.core.config import CompressorSettings
 from espresso_ds.core.option import Device
 from espresso_ds.core.profile import CodecProfile, CodecTimes, CompressorProfile
@@ -53,7 +53,8 @@ def profile_compressors(
     """Profile codecs one after the other, on the CPU and, where gradients live on an accelerator, on that too.
 
     Args:
-        settings: each codec and its feedback: at least one, the one asked for before the alternatives to it.
+        settings: each codec and its feedback (the codec's own, if not given): at least one, the one asked for before the
+            alternatives to it.
         sizes: elements per tensor, in any order; `geometric_sizes()` if not given.
         device: where gradients live.
         repeats: timed calls per size, at least 1.
@@ -62,10 +63,11 @@ def profile_compressors(
         barrier: joins the ranks of one host that measure at the same time, so that they are in each other's way as in training.
 
     Raises:
-        FileError: some settings describe no codec; said before anything is measured.
+        FileError, UnsupportedError: some settings describe no codec, or feedback that it cannot have; said before anything is
+            measured.
         ValueError: a size or `repeats` is below 1, or there are no settings.
     """
-    codecs, device = list(map(make, settings)), torch.device(device)
+    settings, codecs, device = list(map(resolve, settings)), list(map(make, settings)), torch.device(device)
     wanted = tuple(sorted(set(geometric_sizes() if sizes is None else sizes)))
     if not codecs or not wanted or wanted[0] < 1 or repeats < 1:
         raise ValueError(f"{len(codecs)} codecs, sizes {wanted} and repeats {repeats} must be positive")
@@ -79,8 +81,16 @@ def profile_compressors(
                 progress((number + fraction) / len(codecs), what)
 
         times = _profile_times(codec, chosen, wanted, kinds, repeats, report, threads, barrier)
-        error, summable = relative_error(codec), codec.sum_dtype is not None
-        profiles.append(CodecProfile(compressor=chosen, summable=summable, relative_error=error, devices=times))
+        profiles.append(
+            CodecProfile(
+                compressor=chosen,
+                summable=codec.sum_dtype is not None,
+                votes=codec.votes,
+                keeps_scale=codec.contractive or codec.unbiased,
+                relative_error=relative_error(codec),
+                devices=times,
+            )
+        )
         report(1.0, f"{chosen.name}: done")
     return CompressorProfile(codecs=tuple(profiles))
 
@@ -108,7 +118,7 @@ def _profile_times(
             encode.append(encode_s)
             decode.append(decode_s)
         report((number + sum(wanted) / share) / len(kinds), f"{settings.name} on {kind.type}: beside computing")
-        delay = measure_contention(codec, threads, barrier, settings.feedback == "ef", kind)
+        delay = measure_contention(codec, threads, barrier, _memory(settings), kind)
         times.append(
             CodecTimes(
                 device=Device.CPU if kind.type == "cpu" else Device.GPU,
@@ -126,7 +136,7 @@ def measure_contention(
     codec: Codec,
     threads: int,
     barrier: Callable[[], None] = lambda: None,
-    feedback: bool = True,
+    memory: Feedback | None = None,
     device: torch.device | str = "cpu",
 ) -> float:
     """Seconds by which one second of codec work in a background thread delays computing in this thread.
@@ -136,11 +146,13 @@ def measure_contention(
     second alone. "Alone" is alone within the rank: ranks that share a host call this together and are in each other's way in
     every phase.
 
+    Codec work goes through `memory`; without one it is that without feedback.
+
     0: codec and computing have cores of their own. 1: they take turns on one. More: they also take each other's caches and
     bandwidth.
     """
     device = torch.device(device)
-    call, before = _codec_call(codec, feedback, device), torch.get_num_threads()
+    call, before = _codec_call(codec, memory or Feedback("none"), device), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         products = calibrate(device, _PHASE_S)
@@ -178,7 +190,7 @@ def _time(codec: Codec, settings: CompressorSettings, numel: int, device: torch.
     grads = [pool[i * stride : i * stride + numel] for i in range(tensors)]
     sums = [torch.zeros_like(grad) for grad in grads]
     payloads = [torch.empty(codec.payload_nbytes(numel), dtype=torch.uint8, device=device) for _ in grads]
-    memory = Feedback(settings.feedback)
+    memory = _memory(settings)
     encode, decode = [], []
     for turn in range(-tensors, repeats):
         i = turn % tensors
@@ -195,6 +207,12 @@ def _time(codec: Codec, settings: CompressorSettings, numel: int, device: torch.
     return statistics.median(encode), statistics.median(decode)
 
 
+def _memory(settings: CompressorSettings) -> Feedback:
+    """The error memory that training has with settings whose feedback is filled in."""
+    assert settings.feedback is not None
+    return Feedback(settings.feedback, getattr(torch, settings.residual), settings.momentum, settings.clip)
+
+
 def _now(device: torch.device) -> float:
     """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
@@ -202,12 +220,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _codec_call(codec: Codec, feedback: bool, device: torch.device) -> Callable[[], None]:
+def _codec_call(codec: Codec, memory: Feedback, device: torch.device) -> Callable[[], None]:
     """One encoding and one decoding of a tensor of middling size."""
     grad = torch.randn(_PHASE_NUMEL, generator=torch.Generator().manual_seed(0)).to(device)
     out = torch.zeros_like(grad)
     payload = torch.empty(codec.payload_nbytes(len(grad)), dtype=torch.uint8, device=device)
-    memory = Feedback("ef" if feedback else "none")
 
     def call() -> None:
         memory.encode(codec, grad, payload, 0, "")

@@ -16,7 +16,8 @@ def relative_error(codec: Codec) -> float:
     """|x - decode(encode(x))|^2 / |x|^2 of standard-normal x, float32 of 2^18 elements, without error feedback.
 
     The mean over four seeds, of the tensor and of the codec's random choices alike. For a contractive codec it is 1 - delta, with
-    delta as in Karimireddy et al. (ICML 2019) but of a Gaussian x, not of the worst one.
+    delta as in Karimireddy et al. (ICML 2019) but of a Gaussian x, not of the worst one. For an unbiased one it is the variance,
+    which may exceed 1. Of signs without magnitude it tells little: it is that of an x which happens to have their scale.
     """
     return statistics.fmean(_of_one(codec, seed) for seed in _SEEDS)
 

@@ -7,8 +7,8 @@ each job and starts its (k+1)-th, in the order in which jobs were submitted:
     lane 1                   | wait a, decode a | wait b, decode b, start 2nd step | ...
     lane 2                                                       | wait b's 2nd step, decode | ...
 
-Each lane starts collectives on a process group of its own (`groups[lane]`). The calls on one group then come in plan order on
-every rank, which is all that matching needs, and a second step never waits behind a first step that isn't ready yet.
+Each lane starts collectives on process groups of its own (`groups`). The calls on one group then come in plan order on every
+rank, which is all that matching needs, and a second step never waits behind a first step that isn't ready yet.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The device seam: CUDA streams and events in a few functions that do nothing on the CPU.
+"""The device seam: CUDA streams, events and pinned memory in a few functions that do nothing special on the CPU.
 
 On CUDA a lane's work runs on its thread's own stream: it first waits for the event recorded when the gradient became ready,
 and the training stream waits for all lanes in `join`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 
 import torch
+from torch import Tensor
 
 _lane_streams: dict[int, torch.cuda.Stream] = {}
 _lock = threading.Lock()
@@ -47,3 +48,31 @@ def join(device: torch.device) -> None:
     with _lock:
         for stream in _lane_streams.values():
             torch.cuda.current_stream(device).wait_stream(stream)
+
+
+class Offload:
+    """Copies between the tensors' device and the host, for codecs that run on the host.
+
+    Attributes:
+        needed: whether the host is another device than the tensors'; if not, nothing below is called.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.needed = device.type != "cpu"
+        self._pinned = device.type == "cuda"
+
+    def host_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Memory of the host, shape (numel,), that the device copies to and from by itself."""
+        return torch.empty(numel, dtype=dtype, pin_memory=self._pinned)
+
+    def fetch(self, host: Tensor, source: Tensor) -> None:
+        """Copy `source` to the host, and return once it is there, as is all that was enqueued before."""
+        host.copy_(source, non_blocking=True)
+        if self._pinned:
+            arrived = torch.cuda.Event(blocking=True)  # the thread sleeps instead of polling
+            arrived.record()
+            arrived.synchronize()
+
+    def put(self, target: Tensor, host: Tensor) -> None:
+        """Enqueue the copy to the device. `host` may be written to again once a later `fetch` has returned."""
+        target.copy_(host, non_blocking=True)

@@ -7,6 +7,7 @@ before it have been submitted. `flush`, after backward, submits the rest and wai
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import SyncError
+from ..core.run_trace import Mark
 from . import streams
 from .executor import Executor, Unit
 from .lanes import Job, Lanes, Steps
+from .trace import Recorder
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Synchroniser:
         lanes: where they run.
         scaling: applied around the sum over ranks.
         wire_dtype: of what is sent uncompressed.
+        recorder: gets what happens around the actions of the options.
     """
 
     def __init__(
@@ -55,18 +59,20 @@ class Synchroniser:
         lanes: Lanes,
         scaling: Scaling,
         wire_dtype: torch.dtype,
+        recorder: Recorder | None = None,
     ) -> None:
         self._units = units
         self._executor = executor
         self._lanes = lanes
         self._scaling = scaling
         self._wire_dtype = wire_dtype
+        self._recorder = recorder
         self._unit_of = {member.name: number for number, (_, members) in enumerate(units) for member in members}
         self._member = {member.name: member for _, members in units for member in members}
         self._missing = [len(members) for _, members in units]
         self._submitted = 0
         self._jobs: list[Job] = []
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers = {number: self._new_buffer(number) for number in range(len(units)) if self._needs_buffer(number)}
         self._lock = threading.Lock()
         self.step = 0
 
@@ -91,12 +97,16 @@ class Synchroniser:
                     f"{name}: its gradient was completed {member.seen} times in one backward, the plan says {member.firings}; "
                     "trace the model again with `espresso trace` (activation checkpointing has changed since)"
                 )
-            self._missing[self._unit_of[name]] -= 1
+            number = self._unit_of[name]
+            self._missing[number] -= 1
+            if self._recorder is not None and self._missing[number] == 0:
+                self._recorder.training.mark(Mark.READY, self.step, self._units[number][0][0].index)
             while self._submitted < len(self._units) and self._missing[self._submitted] == 0:
                 self._submit_next()
 
     def flush(self) -> None:
         """Submit what is left (a parameter without a gradient counts as zeros), wait for all, and get ready for the next step."""
+        start_ns = time.perf_counter_ns()
         with self._lock:
             while self._submitted < len(self._units):
                 self._submit_next()
@@ -104,9 +114,11 @@ class Synchroniser:
             self._missing = [len(members) for _, members in self._units]
             for member in self._member.values():
                 member.seen = 0
-            self.step += 1
+            step, self.step = self.step, self.step + 1
         self._lanes.wait(jobs)
         streams.join(self._units[0][1][0].param.device)
+        if self._recorder is not None:
+            self._recorder.training.mark(Mark.FLUSH, step, start_ns=start_ns)
 
     def _submit_next(self) -> None:
         number = self._submitted
@@ -114,41 +126,65 @@ class Synchroniser:
         grads = [_gradient(member.param) for member in members]
         mark = streams.mark(members[0].param.device)
         for place, chunk in enumerate(chunks):
+            if self._recorder is not None:
+                self._recorder.training.mark(Mark.SUBMITTED, self.step, chunk.index)
             self._jobs.append(self._lanes.submit(chunk.label, self._steps(number, place, grads, mark, self.step)))
         self._submitted += 1
 
     def _steps(self, number: int, place: int, grads: list[Tensor], mark: object, step: int) -> Steps:
         """One chunk: the first brings the gradients into the unit's buffer, the last takes them back; lanes keep their order."""
+        start_ns = time.perf_counter_ns()
         chunks, _ = self._units[number]
         chunk, numel = chunks[place], sum(chunk.numel for chunk in chunks)
         streams.wait(mark)
-        buffer = self._buffer(number, chunks, grads)
+        buffer = self._buffer(number, grads)
         parts = buffer[:numel].split([grad.numel() for grad in grads])
         elsewhere = [(part, grad) for part, grad in zip(parts, grads, strict=True) if part.data_ptr() != grad.data_ptr()]
         if place == 0:
             for part, grad in elsewhere:
-                part.copy_(grad.reshape(-1))
+                part.view(grad.shape).copy_(grad)
             buffer[numel:].zero_()
         start = sum(before.numel for before in chunks[:place])
         x = buffer[start : start + self._executor.buffer_numel(chunk)]
         if self._scaling.before != 1.0:
             x.mul_(self._scaling.before)
+        if self._recorder is not None:
+            self._recorder.lane(0).mark(Mark.COPY_IN, step, chunk.index, start_ns)
         yield from self._executor.run(chunk, x, step)
+        start_ns = time.perf_counter_ns()
         if self._scaling.after != 1.0:
             x.mul_(self._scaling.after)
         if chunk is chunks[-1]:
             for part, grad in elsewhere:
                 grad.copy_(part.view(grad.shape))
+        if self._recorder is not None:
+            writer = self._recorder.lane(chunk.steps)
+            writer.mark(Mark.COPY_OUT, step, chunk.index, start_ns)
+            writer.mark(Mark.DONE, step, chunk.index)
 
-    def _buffer(self, number: int, chunks: list[Unit], grads: list[Tensor]) -> Tensor:
+    def _buffer(self, number: int, grads: list[Tensor]) -> Tensor:
         """The flat buffer: the gradient itself where it can serve, else one that is kept for the unit."""
-        dtype = torch.float32 if chunks[0].option.compresses else self._wire_dtype
-        numel = sum(map(self._executor.buffer_numel, chunks))  # all chunks but the last have whole shards: no padding
-        if len(grads) == 1 and grads[0].dtype == dtype and grads[0].is_contiguous() and numel == grads[0].numel():
-            return grads[0].view(-1)
         if number not in self._buffers:
-            self._buffers[number] = torch.empty(numel, dtype=dtype, device=grads[0].device)
+            if grads[0].dtype == self._dtype(number) and grads[0].is_contiguous():
+                return grads[0].view(-1)
+            self._buffers[number] = self._new_buffer(number)
         return self._buffers[number]
+
+    def _needs_buffer(self, number: int) -> bool:
+        """Whether the gradient can't serve, as far as its parameter tells: several tensors, another dtype, or padding."""
+        _, members = self._units[number]
+        param = members[0].param
+        return len(members) > 1 or param.dtype != self._dtype(number) or self._buffer_numel(number) != param.numel()
+
+    def _new_buffer(self, number: int) -> Tensor:
+        device = self._units[number][1][0].param.device
+        return torch.empty(self._buffer_numel(number), dtype=self._dtype(number), device=device)
+
+    def _buffer_numel(self, number: int) -> int:
+        return sum(map(self._executor.buffer_numel, self._units[number][0]))  # only the last chunk may have padding
+
+    def _dtype(self, number: int) -> torch.dtype:
+        return self._units[number][0][0].dtype(self._wire_dtype)
 
 
 def _gradient(param: torch.nn.Parameter) -> Tensor:

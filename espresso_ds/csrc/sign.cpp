@@ -1,0 +1,30 @@
+// EF-SignSGD and 1-bit with two means, for compressors/native.py: what the arguments are, blocks.h says.
+
+#include "blocks.h"
+
+#define ESPRESSO_SOURCE "sign.inc"
+#include "versions.h"
+
+using espresso::Decoding;
+using espresso::Encoding;
+using espresso::over_blocks;
+
+extern "C" {
+
+void espresso_sign_encode(const float* x, const void* residual, void* kept, uint8_t* payload, int64_t numel, int narrow) {
+    over_blocks(ESPRESSO_PICK(sign_encode), Encoding{x, residual, kept, narrow != 0, numel, payload});
+}
+
+void espresso_onebit_encode(const float* x, const void* residual, void* kept, uint8_t* payload, int64_t numel, int narrow) {
+    over_blocks(ESPRESSO_PICK(onebit_encode), Encoding{x, residual, kept, narrow != 0, numel, payload});
+}
+
+void espresso_sign_decode_sum(const uint8_t* rows, int64_t count, int64_t stride, float* out, int64_t numel, int add) {
+    over_blocks(ESPRESSO_PICK(sign_decode), Decoding{rows, count, stride, out, numel, add != 0});
+}
+
+void espresso_onebit_decode_sum(const uint8_t* rows, int64_t count, int64_t stride, float* out, int64_t numel, int add) {
+    over_blocks(ESPRESSO_PICK(onebit_decode), Decoding{rows, count, stride, out, numel, add != 0});
+}
+
+}  // extern "C"

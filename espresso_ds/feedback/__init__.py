@@ -1,0 +1,5 @@
+"""Feedback: what compression drops is not lost, whatever the codec. See `Feedback` for the modes and for what each event does."""
+
+from .feedback import Feedback
+
+__all__ = ["Feedback"]

@@ -1,0 +1,67 @@
+"""What becomes of the memory of feedback after each optimizer step: kept if the step was taken, brought back if it was skipped.
+
+DeepSpeed's fp16 optimizer (which at ZeRO stage 0 serves bf16 too) skips a step whose gradients overflow, and changes the loss
+scale. Memory is in units of the scaled gradients, so it follows the scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+
+class Settled(Protocol):
+    """A memory of feedback: `Feedback`, or PowerSGD's."""
+
+    scale: float
+    reversible: bool
+
+    def commit(self) -> None:
+        """Keep what was remembered since the last commit."""
+
+    def rollback(self) -> None:
+        """Forget it."""
+
+    def rescale(self, factor: float) -> None:
+        """Multiply all of it."""
+
+
+def precision_of(engine: Any) -> str:
+    """`fp16`, `bf16` or `fp32`."""
+    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+
+
+def loss_scale(engine: Any) -> float:
+    """What gradients are multiplied by at present."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def settle_after_steps(engine: Any, memories: Sequence[Settled]) -> Callable[[], None]:
+    """Settle `memories` after each of the engine's optimizer steps. Returns what undoes it.
+
+    Gradients are alike on all ranks once they are synchronised, so all ranks skip the same steps.
+    """
+    take_step = engine._take_model_step
+
+    def follow_scale() -> None:
+        for memory in memories:
+            memory.rescale(loss_scale(engine) / memory.scale)
+
+    @functools.wraps(take_step)
+    def take_and_settle(*args: Any, **kwargs: Any) -> Any:
+        result = take_step(*args, **kwargs)
+        for memory in memories:
+            if engine.was_step_applied() or not memory.reversible:
+                memory.commit()
+            else:
+                memory.rollback()
+        follow_scale()
+        return result
+
+    def undo() -> None:
+        engine.__dict__.pop("_take_model_step", None)
+
+    follow_scale()
+    engine._take_model_step = take_and_settle
+    return undo
