@@ -17,26 +17,38 @@ from espresso_ds.compressors.base import padded
 
 BLOCK = 4096
 SIZES = (0, 1, 7, 8, 9, 999, BLOCK - 1, BLOCK, BLOCK + 1, 65535, 65536, 65537, 2**16 + 3, 3 * 65536 + BLOCK + 5)
-BF16 = torch.finfo(torch.bfloat16)
 DRAWING = ("natural", "qsgd", "terngrad", "randomk")
 """Codecs that draw random numbers."""
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+
+
+def _backends(codec):
+    return (False,) if isinstance(codec, spanwise.Spanwise) or codec.name == "randomk" else (False, True)
+
+
 codecs = pytest.mark.parametrize("codec", [pytest.param(codec, id=name) for name, codec in CASES.items()])
 
 
-@pytest.fixture(params=("kernels", "plain torch"))
-def either_backend(request, monkeypatch):
-    """The codec's kernels on this device, and its torch code, which is their reference."""
-    if request.param == "plain torch":
+@pytest.fixture
+def plain(request, monkeypatch):
+    """Whether kernels are left out, so that the torch code runs that is their reference."""
+    if request.param:
         monkeypatch.setattr(backend, "_kernel", lambda *_: None)
+
+
+codecs_with_and_without_kernels = pytest.mark.parametrize(
+    "codec, plain",
+    [pytest.param(codec, plain, id=f"{name}{', plain' * plain}") for name, codec in CASES.items() for plain in _backends(codec)],
+    indirect=["plain"],
+)
 
 
 # ---- what was kept
 
 
-@codecs
+@codecs_with_and_without_kernels
 @pytest.mark.parametrize("numel", SIZES)
-def test_kept_is_what_decoding_lacks(codec, numel, either_backend):
+def test_kept_is_what_decoding_lacks(codec, numel, plain):
     x, residual = normal(numel), normal(numel, seed=2) * 0.1
     before, p = (x.clone(), residual.clone()), x + residual
     payload, kept = new_payload(codec, numel), torch.full((numel,), math.nan)
@@ -53,9 +65,9 @@ def test_kept_is_what_decoding_lacks(codec, numel, either_backend):
     assert torch.equal(residual, x - decoded(codec, again, numel)), "kept without a residual"
 
 
-@codecs
+@codecs_with_and_without_kernels
 @pytest.mark.parametrize("numel", (1, 9, BLOCK + 1, 2**16 + 3))
-def test_kept_in_bfloat16(codec, numel, either_backend):
+def test_kept_in_bfloat16(codec, numel, plain):
     x, residual = normal(numel), (normal(numel, seed=2) * 0.1).bfloat16()
     payload, kept = new_payload(codec, numel), torch.empty(numel, dtype=torch.bfloat16)
     codec.encode(x, payload, 1, residual, kept)
@@ -110,8 +122,8 @@ UNBIASED = [pytest.param(codec, id=name) for name, codec in CASES.items() if cod
 def test_unbiased(codec):
     """Hoeffding: of draws within `width`, the mean of N is off by width * sqrt(L / 2N) with a chance below 2 exp(-L).
 
-    L = 30 makes that less than 1e-12 for each element, and 1e-9 for all. Beside the single elements, which show gross errors, their
-    sum along x, along its signs and altogether is looked at: there errors of one direction add up while chance cancels.
+    L = 30 makes that less than 1e-12 for each element, and 1e-9 for all. Beside the single elements, which show gross errors,
+    their sum along x, along its signs and altogether is looked at: there errors of one direction add up while chance cancels.
     """
     numel, draws, log_chance = 1000, 600, 30
     for scale in (1.0, 1e-10):
@@ -133,10 +145,10 @@ def test_unbiased(codec):
 # ---- NaN and Inf
 
 
-@codecs
+@codecs_with_and_without_kernels
 @pytest.mark.parametrize("numel", (1, 9, BLOCK + 3, 70_001))
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
-def test_not_finite_shows_and_is_not_kept(codec, numel, bad, either_backend):
+def test_not_finite_shows_and_is_not_kept(codec, numel, bad, plain):
     residual = normal(numel, seed=2)
     for place in {0, numel // 2, numel - 1}:
         x = normal(numel)
@@ -149,9 +161,9 @@ def test_not_finite_shows_and_is_not_kept(codec, numel, bad, either_backend):
     assert not decoded(codec, encoded(codec, torch.full((numel,), bad)), numel).isfinite().all()
 
 
-@codecs
+@codecs_with_and_without_kernels
 @pytest.mark.parametrize("sign", (1, -1))
-def test_a_sum_beyond_fp32_counts_as_infinite(codec, sign, either_backend):
+def test_a_sum_beyond_fp32_counts_as_infinite(codec, sign, plain):
     x, residual, kept = normal(999), normal(999, seed=2), torch.empty(999)
     x[500] = residual[500] = sign * FP32.max
     payload = new_payload(codec, 999)
@@ -180,8 +192,8 @@ def rows_of(codec, parts):
     return rows
 
 
-@codecs
-def test_rows_of_a_padded_buffer(codec, either_backend):
+@codecs_with_and_without_kernels
+def test_rows_of_a_padded_buffer(codec, plain):
     parts = [normal(1001, seed) for seed in range(3)]
     nbytes, rows = codec.payload_nbytes(1001), rows_of(codec, parts)
     for row, part in zip(rows, parts, strict=True):
@@ -189,9 +201,9 @@ def test_rows_of_a_padded_buffer(codec, either_backend):
     assert (rows[:, nbytes:] == 0xA5).all(), "wrote beyond its row"
 
 
-@codecs
+@codecs_with_and_without_kernels
 @pytest.mark.parametrize("numel", SIZES)
-def test_the_sum_of_rows_is_the_sum_of_the_rows(codec, numel, either_backend):
+def test_the_sum_of_rows_is_the_sum_of_the_rows(codec, numel, plain):
     """Bit for bit what adding one after the other to +0.0 gives; of a majority, its sign as often as there are rows."""
     for count in (1, 3, 4) if numel < 10_000 else (3,):
         rows = rows_of(codec, [normal(numel, seed) for seed in range(count)])
@@ -205,8 +217,8 @@ def test_the_sum_of_rows_is_the_sum_of_the_rows(codec, numel, either_backend):
         assert not (out.view(torch.int32) == -(2**31)).any(), "a sum from +0.0 is never -0.0"
 
 
-@codecs
-def test_decode_adds(codec, either_backend):
+@codecs_with_and_without_kernels
+def test_decode_adds(codec, plain):
     x, start = normal(BLOCK + 77), normal(BLOCK + 77, seed=5)
     payload, out = encoded(codec, x), start.clone()
     codec.decode_add(payload, out, 1)
