@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from planner_cases import chunked, cluster_of, codecs_of, menu_of, random_case, random_nested_case, small_menu, trace_of
-from ranks import DEADLINE_S, Ranks
+from ranks import DEADLINE_S, Cluster
 
 from espresso_ds.compressors import registry
 from espresso_ds.core.chunks import chunk_lengths
@@ -84,17 +84,17 @@ def test_chunks_never_hurt(make_case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_unit_in_chunks_ends_as_the_mean_of_all_ranks(option, dtype):
     """Two fused parameters, 1,003 elements in four chunks, over three ranks, with a codec that loses nothing."""
-    ranks = Ranks(3, lanes=2)
+    ranks = Cluster(1, 3, [option])
 
-    def work(rank, groups):
-        generator = torch.Generator().manual_seed(rank)
+    def work(groups):
+        generator = torch.Generator().manual_seed(groups.place.rank)
         params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((20, 50), (3,))]
         for param in params:
             param.grad = torch.randint(-8, 9, param.shape, generator=generator).to(dtype)
         given = [param.grad.clone() for param in params]
         chunks = [RuntimeUnit(i, f"u[{i}]", n, option) for i, n in enumerate(chunk_lengths(1003, 300, 3))]
         identity = Compressor(registry.make(CompressorSettings(name="identity")), Feedback("ef"), seed=1)
-        executor = Executor([identity], groups, dtype)
+        executor = Executor(chunks, [identity], groups, dtype)
         lanes = Lanes(chunks[0].steps, DEADLINE_S)
         members = [Member(str(place), param) for place, param in enumerate(params)]
         synchroniser = Synchroniser([(chunks, members)], executor, lanes, Scaling(1.0, 1 / 3), dtype)
@@ -105,7 +105,7 @@ def test_a_unit_in_chunks_ends_as_the_mean_of_all_ranks(option, dtype):
         return given, [param.grad for param in params]
 
     try:
-        told = ranks.run_lanes(work)
+        told = ranks.run(work)
     finally:
         ranks.close()
     for place in range(2):

@@ -12,7 +12,7 @@ from espresso_ds.core.plan import MadeFor, Plan, TensorDecision
 from espresso_ds.integrations import engine, engine_facts
 from espresso_ds.integrations.engine_facts import Layout
 from espresso_ds.runtime.groups import needed
-from espresso_ds.runtime.paths import Place
+from espresso_ds.runtime.paths import Encode, Place, path
 
 
 def test_a_rank_is_where_its_groups_say():
@@ -24,6 +24,19 @@ def test_a_rank_is_where_its_groups_say():
             assert sorted(member for ranks in place.groups(level) for member in ranks) == list(range(6))
     assert Place(2, 3, 0).groups(Level.INTRA) == [[0, 1, 2], [3, 4, 5]]
     assert Place(2, 3, 0).groups(Level.INTER) == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_roots_take_turns_at_every_level():
+    option = Option.parse("C.cpu GA.intra GA.inter D.cpu C.cpu BC.inter BC.intra D.cpu")
+    for index in range(12):
+        decoding = [
+            rank for rank in range(6) if any(isinstance(step, Encode) and step.number == 4 for step in walk(option, index, rank))
+        ]
+        assert decoding == [index % 2 * 3 + index % 3]
+
+
+def walk(option, index, rank):
+    return path(option, 10, index, Place(nodes=2, ranks_per_node=3, rank=rank)).steps
 
 
 def test_only_the_groups_that_some_routine_needs():

@@ -201,10 +201,9 @@ def test_ranks_stay_equal_though_each_draws_numbers_of_its_own(cluster, mode):
 
 def test_ranks_draw_apart_where_their_payloads_meet(cluster):
     """The errors of four ranks with the same gradient average out, so their draws differ."""
-    (option,), numel = [Option.parse("C.gpu AG.flat D.gpu")], 4000
-    given = torch.ones(1, 4, numel) * torch.linspace(0, 1, numel)
-    (outputs, _), *_ = run_all(cluster, [option], numel, QSGD(2), given, "none")
-    assert len(outputs.unique()) > 3
+    given = torch.linspace(0, 1, 200).expand(1, 4, 200)
+    (outputs, _), *_ = run_all(cluster, [Option.parse("C.gpu AG.flat D.gpu")], 200, QSGD(2), given, "none")
+    assert len(outputs.unique()) > 2  # drawing alike, they would send nothing or four times one level
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ def test_the_reference_selects_what_a_full_sort_does(numel, kind):
 def test_native_encoding_is_the_references(numel, kind):
     x, machine = DATA[kind](numel), settings_of_the_machine()
     memories = [(None, "none"), *itertools.product((FP32, BF16), ("same", "other", "none"))]
-    for density, exact, (dtype, place) in itertools.product(DENSITIES, (True, False), memories):
+    densities = DENSITIES if numel < 100_000 else (0.01,)
+    for density, exact, (dtype, place) in itertools.product(densities, (True, False), memories):
         k, memory = kept(density, numel), None if dtype is None else (normal(numel, 1) * 0.3).to(dtype)
         results = []
         for encode in (topk.topk_encode, native_topk.topk_encode):
@@ -153,7 +154,8 @@ def test_native_momentum_is_the_references(numel, kind):
     x, machine = DATA[kind](numel), settings_of_the_machine()
     places = ("same", "other", "none")
     memories = [(None, "none"), *itertools.product((FP32, BF16), places)]
-    for density, fast, (dtype, place) in itertools.product((0.01, 0.3), itertools.product((FP32, BF16), places), memories):
+    for i, (fast, (dtype, place)) in enumerate(itertools.product(itertools.product((FP32, BF16), places), memories)):
+        density = (0.01, 0.3)[i % 2]
         k, memory = kept(density, numel), None if dtype is None else normal(numel, 1).to(dtype)
         results = []
         for encode in (topk.dgc_encode, native_topk.dgc_encode):

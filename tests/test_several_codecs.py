@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from plans import plan_for
-from ranks import DEADLINE_S, Ranks
+from ranks import DEADLINE_S, Cluster
 
 from espresso_ds.commands.profile import (
     add_compressor_arguments,
@@ -32,16 +32,17 @@ NUMEL, STEPS, WORLD = 1000, 3, 3
 UNITS = (("C.cpu AG.flat D.cpu", 0), ("C.cpu AG.flat D.cpu", 1), ("AR.flat", 0), ("C.cpu AR.flat D.cpu", 1))
 
 
-def train(rank, groups):
+def train(groups):
     """Three steps over four units of one parameter each: (steps, units, numel) sums, and the sites with residuals."""
+    rank = groups.place.rank
     memories = {mode: Feedback(mode) for mode in ("ef", "none")}
-    made = [Compressor(registry.make(s), memories[s.feedback], s.seed) for s in (TOPK, FP16)]
+    made = [Compressor(registry.make(s), memories[s.feedback or "ef"], s.seed) for s in (TOPK, FP16)]
     units = [Unit(i, f"u{i}", NUMEL, Option.parse(text), codec) for i, (text, codec) in enumerate(UNITS)]
     params = [torch.nn.Parameter(torch.zeros(NUMEL)) for _ in units]
     members = [Member(unit.label, param) for unit, param in zip(units, params, strict=True)]
     lanes = Lanes(max(unit.steps for unit in units), DEADLINE_S)
     plan = [([unit], [member]) for unit, member in zip(units, members, strict=True)]
-    synchroniser = Synchroniser(plan, Executor(made, groups, torch.float32), lanes, Scaling(1.0, 1.0), torch.float32)
+    synchroniser = Synchroniser(plan, Executor(units, made, groups, torch.float32), lanes, Scaling(1.0, 1.0), torch.float32)
     sums = []
     try:
         for step in range(STEPS):
@@ -52,7 +53,7 @@ def train(rank, groups):
             sums.append([param.grad.numpy().copy() for param in params])
     finally:
         lanes.close()
-    return np.array(sums), {mode: sorted(memory.state_dict()) for mode, memory in memories.items()}
+    return np.array(sums), {mode: sorted(memory.state_dict()["sites"]) for mode, memory in memories.items()}
 
 
 def gradient(rank, step, unit) -> np.ndarray:
@@ -71,9 +72,9 @@ def topk_with_feedback(gradients: np.ndarray) -> np.ndarray:
 
 
 def test_every_unit_is_sent_with_its_own_codec():
-    ranks = Ranks(WORLD, lanes=1)
+    ranks = Cluster(1, WORLD, [Option.parse(text) for text, _ in UNITS])
     try:
-        results = ranks.run_lanes(train)
+        results = ranks.run(train)
     finally:
         ranks.close()
     given = np.array([[[gradient(r, s, u) for u in range(len(UNITS))] for s in range(STEPS)] for r in range(WORLD)])

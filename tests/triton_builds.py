@@ -48,7 +48,9 @@ def test_signs(two_means, memory):
 def test_quantization(bits, symmetric):
     memory = list(MEMORIES.values())[bits % 3]
     form = {"n": "i64" if memory else 1, "BITS": bits, **quantize._grid(bits, symmetric), "BLOCK": BLOCK}
-    assert_rounds_as_torch(ptx(quantize._encode, x="*fp32", residual=memory, kept=memory, payload="*u8", limit="fp32", **form))
+    code = ptx(quantize._encode, x="*fp32", residual=memory, kept=memory, payload="*u8", limit="fp32", **form)
+    assert_rounds_as_torch(code)
+    assert re.findall(r"add\S*\.f32\b.*\b0f4B000000", code), "2**23 is no longer added to round to integers"
     assert_rounds_as_torch(ptx(quantize._decode, rows="*u8", count="i32", stride="i32", out="*fp32", ADD=symmetric, **form))
 
 

@@ -96,7 +96,7 @@ def two_threads(numel: int, repeats: int) -> Rows:
         def run(i: int) -> None:
             if i == 0:  # the first, untimed call of a repeat sets it, and costs nothing within
                 torch.set_num_threads(count)
-                native.set_threads(count)
+                native.use_threads(count)
             case(i)
 
         return run
@@ -104,7 +104,7 @@ def two_threads(numel: int, repeats: int) -> Rows:
     both = {f"{count} {name}": with_threads(count, case) for name, case in cases.items() for count in (1, 2)}
     seconds = seconds_of(both, numel, repeats, time.perf_counter)
     torch.set_num_threads(1)
-    native.set_threads(1)
+    native.use_threads(1)
     return [
         {"case": name, "numel": numel, "speed_up": ratio(seconds[f"1 {name}"], seconds[f"2 {name}"])} for name in cases
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.errors import EspressoError, UnsupportedError
+from ..core.native import library
 from ..integrations import boot
-from ..planner.native import library
 from ..profiler.mpi_launch import find_mpirun
 
 PACKAGES = ("espresso-ds", "deepspeed", "torch", "transformers", "accelerate", "mpi4py")
@@ -36,13 +37,9 @@ def run(args: argparse.Namespace) -> None:
     rows.append(("start-up hook", *_hook()))
     rows.append(("launcher flag", *_launcher_flag()))
     rows.append(("mpirun", *_mpirun()))
-    native = library() is not None
     optional = [
-        (
-            "native code",
-            native,
-            "the planner's timeline" if native else "planning runs in plain Python: install g++, then espresso_ds again",
-        ),
+        ("native code", *_native()),
+        ("triton", *_triton()),
         ("c++", bool(shutil.which("c++")), "DeepSpeed compiles its CPU kernels with it (CPU training only)"),
         ("ip, tc", bool(shutil.which("ip") and shutil.which("tc")), "launch/emulate shapes links with them (optional)"),
     ]
@@ -53,6 +50,20 @@ def run(args: argparse.Namespace) -> None:
     bad = [name for name, good, _ in rows if not good]
     if bad:
         raise UnsupportedError(f"not ready: {', '.join(bad)}")
+
+
+def _native() -> tuple[bool, str]:
+    if library() is None:
+        return False, "planning runs in plain Python and codecs in plain torch: install g++, then espresso_ds again"
+    from ..compressors.native import cpu_level  # brings torch
+
+    return True, f"the planner's timeline, codecs with {cpu_level()} instructions"
+
+
+def _triton() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "codecs on GPUs run in plain torch; `pip install triton` (optional)"
+    return True, f"{importlib.metadata.version('triton')}, for codecs on GPUs"
 
 
 def run_install_hook(args: argparse.Namespace) -> None:

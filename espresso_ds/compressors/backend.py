@@ -18,7 +18,7 @@ from torch import Tensor
 
 def kernel(name: str, x: Tensor) -> Callable[..., Any] | None:
     """The function `name` for tensors on the device of `x`, or None if the codec's torch code is to run."""
-    return _kernel(name, x.device.type)
+    return _kernel(name, "cpu" if x.is_cpu else x.device.type)  # x.device takes a quarter of a microsecond
 
 
 @cache

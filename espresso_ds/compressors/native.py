@@ -1,13 +1,13 @@
 """The kernels of csrc/ for tensors on a CPU, by the names that `backend.kernel` asks for.
 
-Arguments are those of `Codec.encode` and `Codec.decode_sum`, and are not checked.
-
-Small tensors are encoded in the time of a few Python calls, so nothing here slices, views or allocates.
+Arguments are those of `Codec.encode` and `Codec.decode_sum`, then the codec's own; they are not checked. Small tensors are
+encoded in the time of a few Python calls, so nothing here slices, views or allocates.
 """
 
 from __future__ import annotations
 
-from ctypes import c_int, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import c_int, c_void_p
 
 import torch
 from torch import Tensor
@@ -30,20 +30,20 @@ __all__ = [
     "use_threads",
 ]
 
-_ENCODE = (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int])
-_DECODE_SUM = (None, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int])
+_WORD = c_void_p
+"""Any argument: ctypes converts an int to it in a fraction of what c_int64 takes, and None to 0."""
 
 _library = native.declare(
     {
         "espresso_cpu_level": (c_int, []),
         "espresso_cpu_limit": (None, [c_int]),
         "espresso_threads": (None, [c_int]),
-        "espresso_sign_encode": _ENCODE,
-        "espresso_sign_decode_sum": _DECODE_SUM,
-        "espresso_onebit_encode": _ENCODE,
-        "espresso_onebit_decode_sum": _DECODE_SUM,
-        "espresso_quantize_encode": (None, [*_ENCODE[1], c_int, c_int]),
-        "espresso_quantize_decode_sum": (None, [*_DECODE_SUM[1], c_int, c_int]),
+        "espresso_sign_encode": (None, [_WORD] * 6),
+        "espresso_sign_decode_sum": (None, [_WORD] * 6),
+        "espresso_onebit_encode": (None, [_WORD] * 6),
+        "espresso_onebit_decode_sum": (None, [_WORD] * 6),
+        "espresso_quantize_encode": (None, [_WORD] * 8),
+        "espresso_quantize_decode_sum": (None, [_WORD] * 8),
     }
 )
 
@@ -65,15 +65,9 @@ def limit_cpu(level: int) -> None:
         _library.espresso_cpu_limit(level)
 
 
-if _library is not None:
-    _sign_encode, _sign_decode_sum = _library.espresso_sign_encode, _library.espresso_sign_decode_sum
-    _onebit_encode, _onebit_decode_sum = _library.espresso_onebit_encode, _library.espresso_onebit_decode_sum
-    _quantize_encode, _quantize_decode_sum = _library.espresso_quantize_encode, _library.espresso_quantize_decode_sum
-
-
 def sign_encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor) -> None:
     """EF-SignSGD (compressors/sign.py)."""
-    _sign_encode(x.data_ptr(), _at(residual), _at(kept), payload.data_ptr(), x.numel(), _narrow(residual, kept))
+    _encode(_sign_encode, x, residual, kept, payload)
 
 
 def sign_decode_sum(rows: Tensor, out: Tensor, add: bool) -> None:
@@ -83,7 +77,7 @@ def sign_decode_sum(rows: Tensor, out: Tensor, add: bool) -> None:
 
 def onebit_encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor) -> None:
     """1-bit with two means (compressors/onebit.py)."""
-    _onebit_encode(x.data_ptr(), _at(residual), _at(kept), payload.data_ptr(), x.numel(), _narrow(residual, kept))
+    _encode(_onebit_encode, x, residual, kept, payload)
 
 
 def onebit_decode_sum(rows: Tensor, out: Tensor, add: bool) -> None:
@@ -91,11 +85,11 @@ def onebit_decode_sum(rows: Tensor, out: Tensor, add: bool) -> None:
     _onebit_decode_sum(rows.data_ptr(), len(rows), rows.stride(0), out.data_ptr(), out.numel(), add)
 
 
-def quantize_encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, bits: int, symmetric: bool) -> None:
+def quantize_encode(
+    x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, bits: int, symmetric: bool
+) -> None:
     """Uniform quantization (compressors/quantize.py) on the grid of absmax, if `symmetric`, else on that of minmax."""
-    _quantize_encode(
-        x.data_ptr(), _at(residual), _at(kept), payload.data_ptr(), x.numel(), _narrow(residual, kept), bits, symmetric
-    )
+    _encode(_quantize_encode, x, residual, kept, payload, bits, symmetric)
 
 
 def quantize_decode_sum(rows: Tensor, out: Tensor, bits: int, symmetric: bool, add: bool) -> None:
@@ -103,11 +97,22 @@ def quantize_decode_sum(rows: Tensor, out: Tensor, bits: int, symmetric: bool, a
     _quantize_decode_sum(rows.data_ptr(), len(rows), rows.stride(0), out.data_ptr(), out.numel(), add, bits, symmetric)
 
 
-def _at(memory: Tensor | None) -> int | None:
-    return None if memory is None else memory.data_ptr()
-
-
-def _narrow(residual: Tensor | None, kept: Tensor | None) -> bool:
-    """Whether the residual is bfloat16."""
+def _encode(
+    function: Callable[..., None], x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, *parameters: int
+) -> None:
     memory = residual if kept is None else kept
-    return memory is not None and memory.dtype is torch.bfloat16
+    function(
+        x.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        None if kept is None else kept.data_ptr(),
+        payload.data_ptr(),
+        x.numel(),
+        memory is not None and memory.dtype is torch.bfloat16,
+        *parameters,
+    )
+
+
+if _library is not None:
+    _sign_encode, _sign_decode_sum = _library.espresso_sign_encode, _library.espresso_sign_decode_sum
+    _onebit_encode, _onebit_decode_sum = _library.espresso_onebit_encode, _library.espresso_onebit_decode_sum
+    _quantize_encode, _quantize_decode_sum = _library.espresso_quantize_encode, _library.espresso_quantize_decode_sum

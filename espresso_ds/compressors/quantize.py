@@ -52,7 +52,7 @@ class Quantize(Codec):
     def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
         """A block with NaN or Inf is that of zeros, but for a step of NaN. Kernels write the same bytes as the reference."""
         if fused := kernel("quantize_encode", x):
-            return fused(x, residual, kept, payload, self.bits, self._symmetric)
+            return fused(x, residual, kept, payload, self.bits, self.range == "absmax")
         numel, p = x.numel(), blocks.rows(x, residual)
         finite = p.isfinite().all(1)
         p = torch.where(finite[:, None], p, 0.0)
@@ -70,7 +70,7 @@ class Quantize(Codec):
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Add (q - zero) * step."""
         if fused := kernel("quantize_decode_sum", out):
-            return fused(payload[None], out, self.bits, self._symmetric, True)
+            return fused(payload[None], out, self.bits, self.range == "absmax", True)
         steps, zeros, packed = self._fields(payload, out.numel())
         levels = bits.unpack_levels(packed, self.bits, out.numel())
         rows = torch.nn.functional.pad(levels, (0, -out.numel() % blocks.BLOCK)).view(-1, blocks.BLOCK).float()
@@ -80,7 +80,7 @@ class Quantize(Codec):
     def decode_sum(self, rows: Tensor, out: Tensor, seed: int) -> None:
         """In one pass over `out` where there is a kernel."""
         if fused := kernel("quantize_decode_sum", out):
-            return fused(rows, out, self.bits, self._symmetric, False)
+            return fused(rows, out, self.bits, self.range == "absmax", False)
         super().decode_sum(rows, out, seed)
 
     @property

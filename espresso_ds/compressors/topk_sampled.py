@@ -1,8 +1,9 @@
 """TopK by sampled threshold (Lin et al., "Deep Gradient Compression", ICLR 2018, section 5): about the k largest, never more.
 
 One pass: what reaches a threshold guessed from a sample is listed, and the k largest of the list are sent, ties going to the
-lowest index. On data like the sample 0 to 15% fewer than k reach it once in 15 tensors; a sample that misleads costs elements
-sent (too high a guess) or time (too low), never correctness. Deterministic.
+lowest index. Of normal data fewer than k reach it in 1 to 8 tensors of a hundred: then 5% fewer are sent, at worst a tenth for k
+in the thousands and a third for k = 164. A sample that misleads costs elements sent (too high a guess) or time (too low), never
+correctness. Deterministic.
 
 Biased, contractive: |p - decode|^2 <= (1 - (1 - 2^-16) m/n) |p|^2 for elements in bf16's normal range, where m = min(k, r) and r
 is the rank in the sample of `threshold.sampling`, about 64 and more at usual densities: so many elements of the sample alone

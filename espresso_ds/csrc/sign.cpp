@@ -11,19 +11,19 @@ using espresso::over_blocks;
 
 extern "C" {
 
-void espresso_sign_encode(const float* x, const void* residual, void* kept, uint8_t* payload, int64_t numel, int narrow) {
+void espresso_sign_encode(const float* x, const void* residual, void* kept, uint8_t* payload, int64_t numel, int64_t narrow) {
     over_blocks(ESPRESSO_PICK(sign_encode), Encoding{x, residual, kept, narrow != 0, numel, payload});
 }
 
-void espresso_onebit_encode(const float* x, const void* residual, void* kept, uint8_t* payload, int64_t numel, int narrow) {
+void espresso_onebit_encode(const float* x, const void* residual, void* kept, uint8_t* payload, int64_t numel, int64_t narrow) {
     over_blocks(ESPRESSO_PICK(onebit_encode), Encoding{x, residual, kept, narrow != 0, numel, payload});
 }
 
-void espresso_sign_decode_sum(const uint8_t* rows, int64_t count, int64_t stride, float* out, int64_t numel, int add) {
+void espresso_sign_decode_sum(const uint8_t* rows, int64_t count, int64_t stride, float* out, int64_t numel, int64_t add) {
     over_blocks(ESPRESSO_PICK(sign_decode), Decoding{rows, count, stride, out, numel, add != 0});
 }
 
-void espresso_onebit_decode_sum(const uint8_t* rows, int64_t count, int64_t stride, float* out, int64_t numel, int add) {
+void espresso_onebit_decode_sum(const uint8_t* rows, int64_t count, int64_t stride, float* out, int64_t numel, int64_t add) {
     over_blocks(ESPRESSO_PICK(onebit_decode), Decoding{rows, count, stride, out, numel, add != 0});
 }
 

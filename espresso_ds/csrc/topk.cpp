@@ -1,6 +1,6 @@
 // TopK, exact and by a sampled threshold, and DGC: one pass over memory that adds the residual, lists what reaches a threshold
 // guessed from a sample, and writes what is kept as if all that is listed were sent; then the k largest of the list are chosen,
-// and the others put back. Lists hold about 1.3 k elements and stay in the cache. compressors/topk.py has the payload and the
+// and the others put back. Lists hold about 1.2 k elements. compressors/topk.py has the payload and the
 // same in torch; threshold.py the sample.
 //
 // Whatever the guess, a list that gets too long is reduced to its k largest, and nothing below these is listed any more. So the

@@ -24,6 +24,7 @@ from ..compressors.powersgd import PowerSGD
 from ..core.chunks import chunk_lengths
 from ..core.config import CompressorSettings
 from ..core.errors import EspressoError, FileError, MismatchError, UnsupportedError
+from ..core.memory import must_reverse
 from ..core.option import Device, Level, Option
 from ..core.plan import Plan
 from ..feedback import Feedback
@@ -38,6 +39,7 @@ from ..runtime.synchroniser import Member, Scaling, Synchroniser
 from ..runtime.trace import Recorder, run_trace, wanted_path
 from .engine_facts import Layout, check_made_for, check_supported, layout, timing_config, trainable
 from .plan_source import Source
+from .settling import precision_of, settle_after_steps
 
 MEETING_S = 60.0
 """How long a rank without a usable plan waits for the others to hear of it."""
@@ -69,7 +71,7 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
     hosts = layout()
     with agreement.collecting():
         check_made_for(source.plan, engine, hosts.nodes, hosts.ranks_per_node, source.where)
-        compressors = [_compressor(settings, dist.get_world_size()) for settings in source.plan.compressors]
+        compressors = [_compressor(settings, engine) for settings in source.plan.compressors]
         _check_options(source.plan, [compressor.codec for compressor in compressors], timing_config(engine)["device"], hosts)
         trace_path = wanted_path(dist.get_rank())
     agreement.settle(_items(engine, source))
@@ -119,6 +121,7 @@ class Attachment:
             param.register_post_accumulate_grad_hook(functools.partial(self._ready, name)) for name, param in parameters.items()
         ]
         engine.buffered_allreduce_fallback = self._flush
+        self._leave_steps = settle_after_steps(engine, self.feedback)
         atexit.register(self.detach)
 
     @property
@@ -137,6 +140,7 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._engine.__dict__.pop("buffered_allreduce_fallback", None)
+        self._leave_steps()
         self._lanes.close()
         self._groups.close(destroy=dist.is_initialized())
         if self._trace_path is not None:
@@ -182,14 +186,22 @@ def _units(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> list[tuple[
     return units
 
 
-def _compressor(settings: CompressorSettings, world: int) -> Compressor | LowRankCompressor:
-    dtype = getattr(torch, settings.residual)
+def _compressor(settings: CompressorSettings, engine: Any) -> Compressor | LowRankCompressor:
+    dtype, precision = getattr(torch, settings.residual), precision_of(engine)
     if settings.name == PowerSGD.name:
-        codec = PowerSGD.of(settings)
-        return LowRankCompressor(codec, LowRankMemory(settings.feedback or "ef", dtype), settings.seed)
+        mode = settings.feedback or "ef"
+        low_rank = LowRankMemory(mode, dtype, must_reverse(mode, precision))
+        return LowRankCompressor(PowerSGD.of(settings), low_rank, settings.seed)
     settings = registry.resolve(settings)
     assert settings.feedback is not None
-    memory = Feedback(settings.feedback, dtype, momentum=settings.momentum, clip=settings.clip, world_size=world)
+    memory = Feedback(
+        settings.feedback,
+        dtype,
+        momentum=settings.momentum,
+        clip=None if settings.clip is None else settings.clip / scaling_of(engine).after,  # of the sum that is sent
+        world_size=dist.get_world_size(),
+        reversible=must_reverse(settings.feedback, precision),
+    )
     return Compressor(registry.make(settings), memory, settings.seed)
 
 

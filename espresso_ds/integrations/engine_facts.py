@@ -13,11 +13,13 @@ import torch.distributed as dist
 from ..core.errors import MismatchError, UnsupportedError
 from ..core.plan import Plan
 from ..core.profile import model_fingerprint
+from .settling import precision_of
 
 NEEDED = (
     "buffered_allreduce_fallback",
     "is_gradient_accumulation_boundary",
     "_take_model_step",
+    "was_step_applied",
     "_get_gradients_for_reduction",
     "zero_optimization_stage",
     "gradient_predivide_factor",
@@ -37,13 +39,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def timing_config(engine: Any) -> dict[str, str | int | float | bool]:
     """Resolved settings that ready times, sizes on the wire or the meaning of a plan depend on."""
-    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     return {
         "device": next(iter(trainable(engine).values())).device.type,
         "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
         "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
         "zero_stage": int(engine.zero_optimization_stage()),
-        "precision": precision,
+        "precision": precision_of(engine),
         "communication_data_type": dtype_name(engine.communication_data_type),
     }
 
@@ -63,7 +64,6 @@ def check_supported(engine: Any) -> None:
         (not trainable(engine), "a model without trainable parameters", "give the engine a model to train"),
         (getattr(engine, "pipeline_parallelism", False), "a PipelineModule", "train it without pipeline stages"),
         (stage != 0, f"ZeRO stage {stage}", 'set "zero_optimization": {"stage": 0}'),
-        (engine.fp16_enabled(), "fp16", "use bf16 or fp32"),
         (getattr(engine, "torch_autocast_z0_gradscaler", None) is not None, "torch_autocast with a gradient scaler", "use bf16"),
         (getattr(engine, "has_moe_layers", False), "mixture-of-experts layers", "train it without expert parallelism"),
         (engine.is_deepcompile_active(), "DeepCompile", 'set "compile": {"deepcompile": false}'),
