@@ -85,9 +85,7 @@ def onebit_decode_sum(rows: Tensor, out: Tensor, add: bool) -> None:
     _onebit_decode_sum(rows.data_ptr(), len(rows), rows.stride(0), out.data_ptr(), out.numel(), add)
 
 
-def quantize_encode(
-    x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, bits: int, symmetric: bool
-) -> None:
+def quantize_encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, bits: int, symmetric: bool) -> None:
     """Uniform quantization (compressors/quantize.py) on the grid of absmax, if `symmetric`, else on that of minmax."""
     _encode(_quantize_encode, x, residual, kept, payload, bits, symmetric)
 

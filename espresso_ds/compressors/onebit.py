@@ -25,7 +25,11 @@ class OneBit(Codec):
     """Signs, each standing for the mean of its side of the block."""
 
     name = "onebit"
-    contractive = True
+
+    @property
+    def contractive(self) -> bool:
+        """By the identity above."""
+        return True
 
     def payload_nbytes(self, numel: int) -> int:
         """8 ceil(n / 4096) + ceil(n / 8)."""

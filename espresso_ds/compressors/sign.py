@@ -26,7 +26,11 @@ class EFSignSGD(Codec):
     """Signs, scaled by the mean magnitude of their block."""
 
     name = "efsignsgd"
-    contractive = True
+
+    @property
+    def contractive(self) -> bool:
+        """By the identity above."""
+        return True
 
     def payload_nbytes(self, numel: int) -> int:
         """4 ceil(n / 4096) + ceil(n / 8)."""
