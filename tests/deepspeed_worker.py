@@ -80,8 +80,9 @@ def engine_for(config, optimizer=torch.optim.AdamW):
     return engine
 
 
-def train(engine, steps=STEPS):
-    generator = torch.Generator().manual_seed(dist.get_rank() + 1)
+def train(engine, steps=STEPS, first=0):
+    """Losses and a checksum of the weights. With fp16 every fifth loss is so large that gradients overflow."""
+    generator = torch.Generator().manual_seed(dist.get_rank() + 1 + 100 * first)
     dtype = next(engine.module.parameters()).dtype
     losses = []
     for step in range(steps):
@@ -89,7 +90,7 @@ def train(engine, steps=STEPS):
             x = torch.randn(4, WIDTH, generator=generator)
             y = torch.randint(0, 4, (4,), generator=generator)
             loss = torch.nn.functional.cross_entropy(engine(x.to(dtype), step).float(), y)
-            engine.backward(loss)
+            engine.backward(loss * 1e9 if dtype is torch.float16 and (first + step) % 5 == 3 else loss)
             engine.step()
         losses.append(loss.item())
     checksum = sum(p.double().sum().item() for p in engine.module.parameters())
@@ -110,11 +111,12 @@ def planned(config, plan_arguments, **arguments):
 
 def planned_engine(config, plan_arguments, **arguments):
     bare = engine_for(config, **arguments)
-    dtype = "bfloat16" if config.get("bf16") else "float32"
+    dtype = "bfloat16" if "bf16" in config else "float16" if "fp16" in config else "float32"
     plan = plan_for(bare.module, timing_config(bare), **shape(), dtype=dtype, **plan_arguments)
     return engine_for(with_plan(config, plan, timeout_s=60), **arguments)
 
 
+FP16 = {"enabled": True, "loss_scale_window": 4, "hysteresis": 1}
 EQUAL = {
     "fp32": (ds_config(), {}, {}),
     "fused": (ds_config(), {"fuse": 4}, {}),
@@ -123,6 +125,8 @@ EQUAL = {
     "bf16": (ds_config(bf16={"enabled": True}), {"fuse": 3}, {}),
     "bf16, fp32 on the wire": (ds_config(bf16={"enabled": True}, communication_data_type="fp32"), {}, {}),
     "fp32, bf16 on the wire": (ds_config(communication_data_type="bf16"), {"fuse": 2}, {}),
+    "fp16, steps skipped": (ds_config(fp16=FP16), {"fuse": 3}, {}),
+    "fp16, identity codec": (ds_config(fp16=FP16), {"option": DIVIDED, "compressors": (FED,), "fuse": 2}, {}),
     "prescale": (ds_config(prescale_gradients=True), {}, {}),
     "predivide": (ds_config(gradient_predivide_factor=4.0), {}, {}),
     "sum": (ds_config(gradient_allreduce_op="sum"), {}, {}),
@@ -147,12 +151,65 @@ def equality():
 def compressed():
     """Every codec trains, and all ranks keep equal weights."""
     results = {}
-    for name in ("topk", "randomk", "efsignsgd", "quantize", "fp16", "bf16"):
+    for name in ("topk", "randomk", "efsignsgd", "quantize", "fp16", "natural", "dgc"):
         for option in ("C.cpu AG.flat D.cpu", "C.cpu GA.flat D.cpu C.cpu BC.flat D.cpu", NESTED, ROOTED):
-            settings = CompressorSettings(name=name, density=0.1 if name in ("topk", "randomk") else None)
+            settings = CompressorSettings(name=name, density=0.1 if name in ("topk", "randomk", "dgc") else None)
             losses, checksum = planned(ds_config(), {"option": option, "compressors": (settings,), "fuse": 2})
             results[f"{name} {option}"] = {"losses": losses, "checksum": checksum}
     return results
+
+
+LOW_RANK = {
+    "option": "P.cpu AR.flat Q.cpu AR.flat D.cpu",
+    "compressors": (CompressorSettings(name="powersgd", rank=2),),
+    "fuse": 3,
+}
+
+
+def low_rank():
+    """PowerSGD under DeepSpeed: what it trains to, and which memory it leaves."""
+    engine = planned_engine(ds_config(), LOW_RANK)
+    try:
+        losses, checksum = train(engine)
+        (memory,) = engine.espresso.feedback
+        return {"losses": losses, "checksum": checksum, "bytes": memory.nbytes}
+    finally:
+        engine.espresso.detach()
+
+
+def overflow():
+    """fp16 with gradients that overflow now and then: the memory of feedback around each step."""
+    settings = (TOPK, CompressorSettings(name="efsignsgd", feedback="ef21"), CompressorSettings(name="dgc", density=0.1))
+    told = []
+    for compressor in settings:
+        engine = planned_engine(
+            ds_config(fp16=FP16),
+            {"option": "C.cpu A2A.flat D.cpu C.cpu AG.flat D.cpu", "compressors": (compressor,), "fuse": 4},
+        )
+        (memory,) = engine.espresso.feedback
+        steps = []
+        try:
+            for step in range(STEPS):
+                before = snapshot(memory)
+                train(engine, steps=1, first=step)
+                after = snapshot(memory)
+                changed = [site for site, x in before.items() if not torch.equal(after[site], x)]
+                steps.append(
+                    {
+                        "applied": engine.was_step_applied(),
+                        "changed": bool(changed),
+                        "finite": all(x.isfinite().all().item() for x in after.values()),
+                    }
+                )
+        finally:
+            engine.espresso.detach()
+        told.append(steps)
+    return told
+
+
+def snapshot(memory):
+    sites = memory.state_dict()["sites"]
+    return {f"{site}/{name}": x.clone() for site, named in sites.items() for name, x in named.items()}
 
 
 def two_codecs():
@@ -251,7 +308,10 @@ def main():
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     engine_facts.socket = SimpleNamespace(gethostname=lambda: f"host{dist.get_rank() // 2}")
-    mine = {case.__name__: case() for case in (equality, compressed, two_codecs, without_block, failures, refire, alone)}
+    mine = {
+        case.__name__: case()
+        for case in (equality, compressed, low_rank, overflow, two_codecs, without_block, failures, refire, alone)
+    }
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:

@@ -257,7 +257,7 @@ def chunked(units, chunk_numel, world_size):
 
 
 def residual_bytes(unit, nodes, node):
-    """Bytes of fp32 error feedback on the busiest rank: at each compression what is left of the unit after the divisions so far."""
+    """Bytes of fp32 error feedback on the busiest rank: at each compression, of what divisions have left of the unit."""
     size = {"flat": nodes * node, "intra": node, "inter": nodes}
     share, total, open_ = 1.0, 0.0, []
     for word in str(unit.option).split():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from planner_cases import menu_of, random_case, random_nested_case
 
-from espresso_ds.core.config import Constraints
 from espresso_ds.core import native as compiled
+from espresso_ds.core.config import Constraints
 from espresso_ds.planner import native
 from espresso_ds.planner.limits import Limits
 from espresso_ds.planner.menu import Menu

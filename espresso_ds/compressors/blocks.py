@@ -26,7 +26,10 @@ def rows(x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def keep(error: Tensor, kept: Tensor) -> None:
-    """Write `error` (float32, shape (blocks, BLOCK)) into `kept` (float32 or bfloat16, shape (n,)): finite, whatever comes."""
+    """Write `error` (float32, shape (blocks, BLOCK)) into `kept` (float32 or bfloat16, shape (n,)): finite, whatever comes.
+
+    Of a block that has an error which is not finite, zeros are kept.
+    """
     largest = torch.finfo(kept.dtype).max  # what rounds to more would be infinite in bfloat16
-    flat = error.view(-1)[: kept.numel()]
-    kept.copy_(torch.where(flat.isfinite(), flat, 0.0).clamp(-largest, largest))
+    sound = error.isfinite().all(1, keepdim=True)
+    kept.copy_(torch.where(sound, error, 0.0).clamp(-largest, largest).view(-1)[: kept.numel()])

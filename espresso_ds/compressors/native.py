@@ -65,52 +65,33 @@ def limit_cpu(level: int) -> None:
         _library.espresso_cpu_limit(level)
 
 
-def sign_encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor) -> None:
-    """EF-SignSGD (compressors/sign.py)."""
-    _encode(_sign_encode, x, residual, kept, payload)
+def _encoder(function: Callable[..., None]) -> Callable[..., None]:
+    def encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, *parameters: int) -> None:
+        memory = residual if kept is None else kept
+        function(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            None if kept is None else kept.data_ptr(),
+            payload.data_ptr(),
+            x.numel(),
+            memory is not None and memory.dtype is torch.bfloat16,
+            *parameters,
+        )
+
+    return encode
 
 
-def sign_decode_sum(rows: Tensor, out: Tensor, add: bool) -> None:
-    """The sum of the decoded `rows` into `out`, or added to it."""
-    _sign_decode_sum(rows.data_ptr(), len(rows), rows.stride(0), out.data_ptr(), out.numel(), add)
+def _decoder(function: Callable[..., None]) -> Callable[..., None]:
+    def decode_sum(rows: Tensor, out: Tensor, *parameters: int) -> None:
+        function(rows.data_ptr(), len(rows), rows.stride(0), out.data_ptr(), out.numel(), *parameters)
 
-
-def onebit_encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor) -> None:
-    """1-bit with two means (compressors/onebit.py)."""
-    _encode(_onebit_encode, x, residual, kept, payload)
-
-
-def onebit_decode_sum(rows: Tensor, out: Tensor, add: bool) -> None:
-    """The sum of the decoded `rows` into `out`, or added to it."""
-    _onebit_decode_sum(rows.data_ptr(), len(rows), rows.stride(0), out.data_ptr(), out.numel(), add)
-
-
-def quantize_encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, bits: int, symmetric: bool) -> None:
-    """Uniform quantization (compressors/quantize.py) on the grid of absmax, if `symmetric`, else on that of minmax."""
-    _encode(_quantize_encode, x, residual, kept, payload, bits, symmetric)
-
-
-def quantize_decode_sum(rows: Tensor, out: Tensor, bits: int, symmetric: bool, add: bool) -> None:
-    """The sum of the decoded `rows` into `out`, or added to it."""
-    _quantize_decode_sum(rows.data_ptr(), len(rows), rows.stride(0), out.data_ptr(), out.numel(), add, bits, symmetric)
-
-
-def _encode(
-    function: Callable[..., None], x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, *parameters: int
-) -> None:
-    memory = residual if kept is None else kept
-    function(
-        x.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        None if kept is None else kept.data_ptr(),
-        payload.data_ptr(),
-        x.numel(),
-        memory is not None and memory.dtype is torch.bfloat16,
-        *parameters,
-    )
+    return decode_sum
 
 
 if _library is not None:
-    _sign_encode, _sign_decode_sum = _library.espresso_sign_encode, _library.espresso_sign_decode_sum
-    _onebit_encode, _onebit_decode_sum = _library.espresso_onebit_encode, _library.espresso_onebit_decode_sum
-    _quantize_encode, _quantize_decode_sum = _library.espresso_quantize_encode, _library.espresso_quantize_decode_sum
+    sign_encode = _encoder(_library.espresso_sign_encode)
+    sign_decode_sum = _decoder(_library.espresso_sign_decode_sum)
+    onebit_encode = _encoder(_library.espresso_onebit_encode)
+    onebit_decode_sum = _decoder(_library.espresso_onebit_decode_sum)
+    quantize_encode = _encoder(_library.espresso_quantize_encode)
+    quantize_decode_sum = _decoder(_library.espresso_quantize_decode_sum)

@@ -29,8 +29,8 @@ void espresso_quantize_encode(const float* x, const void* residual, void* kept, 
     over_blocks(ESPRESSO_PICK(quantize_encode), Quantization<Encoding>{job, static_cast<int>(bits), symmetric != 0});
 }
 
-void espresso_quantize_decode_sum(const uint8_t* rows, int64_t count, int64_t stride, float* out, int64_t numel, int64_t add,
-                                  int64_t bits, int64_t symmetric) {
+void espresso_quantize_decode_sum(const uint8_t* rows, int64_t count, int64_t stride, float* out, int64_t numel, int64_t bits,
+                                  int64_t symmetric, int64_t add) {
     const Decoding job{rows, count, stride, out, numel, add != 0};
     over_blocks(ESPRESSO_PICK(quantize_decode), Quantization<Decoding>{job, static_cast<int>(bits), symmetric != 0});
 }

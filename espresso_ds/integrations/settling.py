@@ -1,7 +1,8 @@
 """What becomes of the memory of feedback after each optimizer step: kept if the step was taken, brought back if it was skipped.
 
 DeepSpeed's fp16 optimizer (which at ZeRO stage 0 serves bf16 too) skips a step whose gradients overflow, and changes the loss
-scale. Memory is in units of the scaled gradients, so it follows the scale.
+scale. Memory is in units of the gradients, so it follows the scale that the loss is multiplied by. At stage 0 that is none:
+DeepSpeed 0.19.8 multiplies the loss for ZeRO's optimizers only, though its fp16 optimizer divides by the scale all the same.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ def precision_of(engine: Any) -> str:
 
 
 def loss_scale(engine: Any) -> float:
-    """What gradients are multiplied by at present."""
-    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+    """What `engine.backward` multiplies the loss by at present, and with it the gradients."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    return float(engine.optimizer.loss_scale) if isinstance(engine.optimizer, ZeROOptimizer) else 1.0
 
 
 def settle_after_steps(engine: Any, memories: Sequence[Settled]) -> Callable[[], None]:
