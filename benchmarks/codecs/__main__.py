@@ -1,6 +1,6 @@
 """Speed of every codec with feedback, beside the limits of this machine's memory and plain torch renderings.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.codecs [--repeats 15] [--out benchmarks/results/codecs.json]
+OMP_NUM_THREADS=1 python -m benchmarks.codecs [--repeats 15] [--out benchmarks/results/codecs.json]
 """
 
 from __future__ import annotations

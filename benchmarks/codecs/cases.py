@@ -1,7 +1,7 @@
 """What is timed: every codec with its feedback, the limits of this machine's memory, and the plain renderings.
 
-A case is a function of a number, which picks one of several sets of arrays, so that large sets are out of cache and small ones stay in it.
-The limits run over the arrays that the codecs use.
+A case is a function of a number, which picks one of several sets of arrays, so that large sets are out of cache and small
+ones stay in it. The limits run over the arrays that the codecs use.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Medians and ratios from interleaved repeats.
 
-Every repeat runs all cases once, in turn, so that a disturbance hits them alike; a ratio is the median of each repeat's own ratio.
-A case runs several times within a repeat until it has handled some 16 MB, over different arrays. One thread is timed in its own
-CPU time, which leaves out what others take of a shared machine (but not what they take of its caches and memory bandwidth); several
-threads can only be timed by the clock.
+Every repeat runs all cases once, in turn, so that a disturbance hits them alike; a ratio is the median of each repeat's own
+ratio. A case runs several times within a repeat until it has handled some 16 MB, over different arrays. One thread is timed in
+its own CPU time, which leaves out what others take of a shared machine (but not what they take of its caches and memory
+bandwidth); several threads can only be timed by the clock.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def one_thread(numel: int, repeats: int, plain_repeats: int = 5) -> Rows:
         versus = _versus_plain(arrays, subject, plain_repeats)
         for what, count in (("encode", 0), ("decode", 1), (f"decode {ROWS}", ROWS)):
             taken = seconds[f"{subject.name}: {what}"]
-            limit = seconds["r += g"] if what == "encode" else [s * (8 * numel + count * nbytes) / (8 * numel) for s in seconds["out += 1"]]
+            moved = 1 + count * nbytes / (8 * numel)  # over the traffic of `out += 1`
+            limit = seconds["r += g"] if what == "encode" else [moved * second for second in seconds["out += 1"]]
             quartiles = statistics.quantiles(taken)
             rows.append(
                 {
@@ -105,6 +106,4 @@ def two_threads(numel: int, repeats: int) -> Rows:
     seconds = seconds_of(both, numel, repeats, time.perf_counter)
     torch.set_num_threads(1)
     native.use_threads(1)
-    return [
-        {"case": name, "numel": numel, "speed_up": ratio(seconds[f"1 {name}"], seconds[f"2 {name}"])} for name in cases
-    ]
+    return [{"case": name, "numel": numel, "speed_up": ratio(seconds[f"1 {name}"], seconds[f"2 {name}"])} for name in cases]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -53,8 +53,8 @@ SIZES = (1_000_003, 250_000, 3, 70_001, 500_000, 65_536)
 class Allocations(TorchDispatchMode):
     """Counts the operators of the thread that enters it whose results live in memory of their own."""
 
-    counts: Counter[str] = Counter()
-    on = False
+    counts: ClassVar[Counter[str]] = Counter()
+    on: ClassVar[bool] = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and look whether its result is a view, or an argument."""
@@ -74,7 +74,7 @@ def in_use() -> int:
     class Info(ctypes.Structure):
         _fields_ = [
             (name, ctypes.c_size_t)
-            for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+            for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
         ]
 
     mallinfo2 = ctypes.CDLL(None).mallinfo2

@@ -5,7 +5,8 @@ decode = scale * q, scale = max |p| of the block / M, with M the format's larges
 mantissa), 57344 for e5m2. Rounding to nearest even. Error per element, contractive: at most |p|, and
     e4m3: max(2**-4 |p|, 2**-10 max |p| / 448)        e5m2: max(2**-3 |p|, 2**-17 max |p| / 57344)
 (times 1 + 2**-22 for fp32's own rounding). Zero is exact. Biased, deterministic. Blocks whose scale would be subnormal are
-sent as zeros. A block with NaN or Inf decodes to NaN.
+sent as zeros. A block with NaN or Inf decodes to NaN: scale and codes are the positive quiet
+NaN of their formats.
 
 Payload: n + 4 ceil(n / 1024) bytes: scales (fp32), codes. The scale's 4 bytes are 0.4%. Not summable.
 """
@@ -19,9 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .backend import kernel
 from .spanwise import Spanwise, covering, grid, in_rows
 
 BLOCK = 1 << 10
+_NAN = 0x7F
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -38,6 +41,24 @@ class Fp8(Spanwise):
         """4 ceil(n / 1024) + n."""
         return 4 * -(-numel // BLOCK) + numel
 
+    def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
+        """Scale and round to nearest even."""
+        if fused := kernel("fp8_encode", x):
+            return fused(x, residual, kept, payload, self.format)
+        super().encode(x, payload, seed, residual, kept)
+
+    def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
+        """Add the values."""
+        if fused := kernel("fp8_decode_sum", out):
+            return fused(payload[None], out, self.format, True)
+        super().decode_add(payload, out, seed)
+
+    def decode_sum(self, rows: Tensor, out: Tensor, seed: int) -> None:
+        """In one pass over `out` where there is a kernel."""
+        if fused := kernel("fp8_decode_sum", out):
+            return fused(rows, out, self.format, False)
+        super().decode_sum(rows, out, seed)
+
     def _fields(self, payload: Tensor, numel: int) -> tuple[Tensor, ...]:
         head = 4 * -(-numel // BLOCK)
         return payload[:head].view(torch.float32), payload[head:]
@@ -48,7 +69,8 @@ class Fp8(Spanwise):
         scale, inverse = grid(rows.abs().amax(1), torch.finfo(dtype).max)
         scales[covering(span, BLOCK)] = scale
         scaled = rows * inverse[:, None]  # a millionth beyond the largest at most, which rounds to the largest
-        codes[span] = scaled.to(dtype).view(torch.uint8).view(-1)[: p.numel()]
+        wire = scaled.to(dtype).view(torch.uint8).masked_fill_(scale.isnan()[:, None], _NAN)
+        codes[span] = wire.view(-1)[: p.numel()]
 
     def _read(self, fields: tuple[Tensor, ...], span: slice) -> Tensor:
         scales, codes = fields

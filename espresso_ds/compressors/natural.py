@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import random
+from .backend import kernel
 from .spanwise import Spanwise
 
 LOWEST, HIGHEST = -62, 63
@@ -37,6 +38,24 @@ class Natural(Spanwise):
     def payload_nbytes(self, numel: int) -> int:
         """One byte per element."""
         return numel
+
+    def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
+        """Add random bits and cut."""
+        if fused := kernel("natural_encode", x):
+            return fused(x, residual, kept, payload, seed)
+        super().encode(x, payload, seed, residual, kept)
+
+    def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
+        """Add the powers."""
+        if fused := kernel("natural_decode_sum", out):
+            return fused(payload[None], out, True)
+        super().decode_add(payload, out, seed)
+
+    def decode_sum(self, rows: Tensor, out: Tensor, seed: int) -> None:
+        """In one pass over `out` where there is a kernel."""
+        if fused := kernel("natural_decode_sum", out):
+            return fused(rows, out, False)
+        super().decode_sum(rows, out, seed)
 
     def _fields(self, payload: Tensor, numel: int) -> tuple[Tensor, ...]:
         return (payload,)

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .backend import kernel
 from .bits import negative, pack, packed_nbytes, unpack
 from .spanwise import Spanwise, poison, spans
 
@@ -42,8 +43,22 @@ class SignSGD(Spanwise):
         """4 + ceil(n / 8)."""
         return 4 + packed_nbytes(numel, 1) if numel else 0
 
+    def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
+        """Sign bits, and whether all is finite."""
+        if fused := kernel("signsgd_encode", x):
+            return fused(x, residual, kept, payload)
+        super().encode(x, payload, seed, residual, kept)
+
+    def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
+        """Add +1 or -1."""
+        if fused := kernel("signsgd_decode_sum", out):
+            return fused(payload[None], out, False, True)
+        super().decode_add(payload, out, seed)
+
     def decode_sum(self, rows: Tensor, out: Tensor, seed: int) -> None:
         """Sum the signs; then, for a majority, the number of rows times the sum's sign."""
+        if fused := kernel("signsgd_decode_sum", out):
+            return fused(rows, out, self.votes, False)
         super().decode_sum(rows, out, seed)
         if self.votes:
             for span in spans(out):
@@ -57,7 +72,7 @@ class SignSGD(Spanwise):
         unit, signs = fields
         if span.start == 0:
             unit.fill_(1.0)
-        unit.add_(poison(p))
+        unit.masked_fill_(poison(p).isnan(), torch.nan)
         pack(negative(p), 1, signs[_bytes(span)])
 
     def _read(self, fields: tuple[Tensor, ...], span: slice) -> Tensor:

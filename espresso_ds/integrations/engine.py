@@ -21,6 +21,7 @@ from .. import __version__
 from ..compressors import registry
 from ..compressors.base import Codec
 from ..compressors.powersgd import PowerSGD
+from ..compressors.threads import use_threads
 from ..core.chunks import chunk_lengths
 from ..core.config import CompressorSettings
 from ..core.errors import EspressoError, FileError, MismatchError, UnsupportedError
@@ -111,6 +112,7 @@ class Attachment:
         wire_dtype = engine.communication_data_type
         self.recorder = Recorder(steps + 1, len(chunks))
         self._executor = Executor(chunks, compressors, self._groups, wire_dtype, device, self.recorder)
+        use_threads(device.type, place.ranks_per_node)
         self._lanes = Lanes(steps, timeout_s, functools.partial(streams.enter_lane, device))
         self.synchroniser = Synchroniser(units, self._executor, self._lanes, scaling_of(engine), wire_dtype, self.recorder)
         self.plan = plan

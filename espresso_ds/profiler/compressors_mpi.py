@@ -14,6 +14,7 @@ from typing import Annotated
 import torch.distributed as dist
 from pydantic import Field, TypeAdapter
 
+from ..compressors.threads import use_threads
 from ..core.config import CompressorSettings
 from ..core.errors import EspressoError, FileError
 from ..core.profile import CodecTimes, CompressorProfile, ModelTrace
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise FileError(f"--compressors {arguments.compressors}: {error}") from None
         trace = ModelTrace.load(arguments.trace) if arguments.trace else None
         with joined(None, _TIMEOUT_S) as ranks:
+            use_threads(ranks.device.type, ranks.ranks_per_node, trace.threads if trace else None)
             profile = profile_compressors(
                 settings,
                 sizes=sizes_of(trace) if trace else None,
