@@ -13,18 +13,36 @@ import torch
 from torch import Tensor
 
 from ..core import native
+from .native_cast import (
+    cast_decode_sum,
+    cast_encode,
+    fp8_decode_sum,
+    fp8_encode,
+    natural_decode_sum,
+    natural_encode,
+    signsgd_decode_sum,
+    signsgd_encode,
+)
 from .native_topk import dgc_encode, topk_decode_sum, topk_encode
 
 __all__ = [
+    "cast_decode_sum",
+    "cast_encode",
     "cpu_level",
     "dgc_encode",
+    "fp8_decode_sum",
+    "fp8_encode",
     "limit_cpu",
+    "natural_decode_sum",
+    "natural_encode",
     "onebit_decode_sum",
     "onebit_encode",
     "quantize_decode_sum",
     "quantize_encode",
     "sign_decode_sum",
     "sign_encode",
+    "signsgd_decode_sum",
+    "signsgd_encode",
     "topk_decode_sum",
     "topk_encode",
     "use_threads",
