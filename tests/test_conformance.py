@@ -68,9 +68,9 @@ def cluster(request):
     cluster.close()
 
 
-def units_for(cluster, codec, sizes):
+def units_for(cluster, codec, mode, sizes):
     shape = cluster.places[0].nodes, cluster.places[0].ranks_per_node
-    options = [option for option in map(Option.parse, SHAPES[shape]) if unfit(codec, option) is None]
+    options = [option for option in map(Option.parse, SHAPES[shape]) if unfit(codec, option, mode) is None]
     return {n: [Unit(place, f"{n}/{place}", n, option) for place, option in enumerate(options)] for n in sizes}
 
 
@@ -130,7 +130,7 @@ def remembered(cluster, unit, results, name):
 def test_ranks_end_equal_and_nothing_is_lost(cluster, settings):
     codec = registry.make(settings)
     sizes = (*SIZES, LARGE) if len(cluster.places) in (2, 4) else SIZES
-    for numel, units in units_for(cluster, codec, sizes).items():
+    for numel, units in units_for(cluster, codec, settings.feedback, sizes).items():
         given = gradients(cluster, numel)
         results = run(cluster, settings, units, given)
         outputs = results[0][0]
@@ -149,7 +149,7 @@ def test_ranks_end_equal_and_nothing_is_lost(cluster, settings):
 @pytest.mark.parametrize("settings", [one for one in EVERY if one.feedback != "none"], ids=name_of)
 def test_a_saved_state_goes_on_as_if_nothing_had_happened(cluster, settings):
     codec = registry.make(settings)
-    (units,) = units_for(cluster, codec, [130]).values()
+    (units,) = units_for(cluster, codec, settings.feedback, [130]).values()
     given = gradients(cluster, 130, steps=4)
     through = run(cluster, settings, units, given)
     loaded = []
@@ -167,3 +167,11 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(cluster, settings):
 def test_every_codec_and_every_feedback_is_in_it():
     assert {settings.name for settings in EVERY} == set(registry.CODECS)
     assert {settings.feedback for settings in EVERY} == {"none", "ef", "ef21", "dgc"}
+
+
+def test_estimates_are_never_summed_in_16_bits():
+    summed = Option.parse("C.cpu AR.flat D.cpu")
+    for name, allowed in (("fp16", False), ("bf16", False), ("randomk", True)):
+        codec = registry.make(CompressorSettings(name=name))
+        assert unfit(codec, summed, "ef") is None
+        assert (unfit(codec, summed, "ef21") is None) == allowed

@@ -1,4 +1,4 @@
-"""Casts, SignSGD, fp8 and natural compression: kernels against the plain torch code, and both against casts of torch and numpy."""
+"""Casts, SignSGD, fp8 and natural compression: kernels against the plain torch code, both against casts of torch and numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from codec_cases import kinds_of_data, new_payload, normal
 
-from espresso_ds.compressors import backend, random
+from espresso_ds.compressors import backend, native_cast, random
 from espresso_ds.compressors.base import padded
 from espresso_ds.compressors.cast import Bf16, Fp16
 from espresso_ds.compressors.fp8 import Fp8
@@ -112,6 +112,13 @@ def rows_of(codec, parts, dirt=0xA5):
 
 
 # ---- what a kernel does and what it stands for
+
+
+@pytest.mark.parametrize("name", ("cast", "signsgd", "fp8", "natural"))
+def test_kernels_are_found(name):
+    """Else what follows would compare plain torch with itself."""
+    for verb in ("encode", "decode_sum"):
+        assert backend.kernel(f"{name}_{verb}", torch.empty(0)) is getattr(native_cast, f"{name}_{verb}")
 
 
 @codecs

@@ -18,6 +18,13 @@ from .memory import Memory
 from .state import State, read
 
 
+def may_sum(codec: Codec, mode: FeedbackMode) -> bool:
+    """Whether payloads may be added up on their way. Not those of "ef21" in 16 bits: what a sum is rounded by would stay in the
+    receivers' estimates for good, and no sender knows of it.
+    """
+    return codec.sum_dtype is torch.float32 or (codec.sum_dtype is not None and mode != "ef21")
+
+
 class Feedback:
     """The memory of all places where one rank compresses, its *sites*; C and D stand for the codec, x for what is to be sent.
 

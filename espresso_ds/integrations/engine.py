@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..compressors import registry
-from ..compressors.base import Codec
 from ..compressors.powersgd import PowerSGD
 from ..compressors.threads import use_threads
 from ..core.chunks import chunk_lengths
@@ -73,7 +72,7 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
     with agreement.collecting():
         check_made_for(source.plan, engine, hosts.nodes, hosts.ranks_per_node, source.where)
         compressors = [_compressor(settings, engine) for settings in source.plan.compressors]
-        _check_options(source.plan, [compressor.codec for compressor in compressors], timing_config(engine)["device"], hosts)
+        _check_options(source.plan, compressors, timing_config(engine)["device"], hosts)
         trace_path = wanted_path(dist.get_rank())
     agreement.settle(_items(engine, source))
     engine.espresso = Attachment(engine, source, compressors, trace_path)
@@ -207,12 +206,14 @@ def _compressor(settings: CompressorSettings, engine: Any) -> Compressor | LowRa
     return Compressor(registry.make(settings), memory, settings.seed)
 
 
-def _check_options(plan: Plan, codecs: Sequence[Codec | PowerSGD], device: str | int | float | bool, hosts: Layout) -> None:
+def _check_options(
+    plan: Plan, compressors: Sequence[Compressor | LowRankCompressor], device: str | int | float | bool, hosts: Layout
+) -> None:
     """Raise FileError or MismatchError at the first tensor whose option its codec, this device or these ranks cannot do."""
     for tensor in plan.tensors:
-        option, codec = Option.parse(tensor.option), codecs[tensor.codec]
-        if why := unfit(codec, option):
-            raise FileError(f"{tensor.name}: option {option} is wrong for {codec.name}: {why}; plan again")
+        option, compressor = Option.parse(tensor.option), compressors[tensor.codec]
+        if why := unfit(compressor.codec, option, compressor.feedback.mode):
+            raise FileError(f"{tensor.name}: option {option} is wrong for {compressor.codec.name}: {why}; plan again")
         if option.low_rank and tensor.chunk_numel is not None:
             raise FileError(f"{tensor.name}: option {option} factors whole matrices; remove chunk_numel ({tensor.chunk_numel})")
         if option.levels != {Level.FLAT} and not hosts.in_order:

@@ -23,7 +23,7 @@ from espresso_ds.compressors.registry import make, resolve
 from espresso_ds.core.config import CompressorSettings
 from espresso_ds.core.option import Device
 from espresso_ds.core.profile import CodecProfile, CodecTimes, CompressorProfile
-from espresso_ds.feedback import Feedback
+from espresso_ds.feedback import Feedback, may_sum
 
 from .computing import calibrate, multiply
 from .relative_error import relative_error
@@ -84,7 +84,7 @@ def profile_compressors(
         profiles.append(
             CodecProfile(
                 compressor=chosen,
-                summable=codec.sum_dtype is not None,
+                summable=may_sum(codec, chosen.feedback or "none"),
                 votes=codec.votes,
                 keeps_scale=codec.contractive or codec.unbiased,
                 relative_error=relative_error(codec),

@@ -17,9 +17,10 @@ from torch import Tensor
 from ..compressors.base import Codec
 from ..compressors.identity import Identity
 from ..compressors.powersgd import PowerSGD, Shape
+from ..core.config import FeedbackMode
 from ..core.errors import UnsupportedError
 from ..core.option import ROUTINES, Option
-from ..feedback import Feedback
+from ..feedback import Feedback, may_sum
 from .buffers import allocate
 from .carrier import Carrier
 from .groups import Groups
@@ -103,7 +104,7 @@ class Executor:
         self._low_rank: dict[int, LowRank] = {}
         for unit in units:
             compressor = compressors[unit.codec] if unit.option.compresses else _NONE
-            _check(unit, compressor.codec)
+            _check(unit, compressor)
             if isinstance(compressor, LowRankCompressor):
                 tensors, memory = compressor.codec.layout(unit.shapes), compressor.feedback
                 seed = _seed(compressor.seed, 0, unit)
@@ -170,16 +171,16 @@ def _seed(seed: int, step: int, unit: Unit) -> int:
     return (seed + (step * 2**20 + unit.index) * _SEED_MIX) % 2**63
 
 
-def _check(unit: Unit, codec: Codec | PowerSGD) -> None:
+def _check(unit: Unit, compressor: Compressor | LowRankCompressor) -> None:
     """Raise UnsupportedError if the codec cannot be right on the way of the unit's option."""
-    if why := unfit(codec, unit.option):
-        raise UnsupportedError(f"{unit.label}: option {unit.option} is wrong for {codec.name}: {why}; plan again")
+    if why := unfit(compressor.codec, unit.option, compressor.feedback.mode):
+        raise UnsupportedError(f"{unit.label}: option {unit.option} is wrong for {compressor.codec.name}: {why}; plan again")
 
 
-def unfit(codec: Codec | PowerSGD, option: Option) -> str | None:
-    """Why the codec cannot be right on the way of the option, or None if it can."""
+def unfit(codec: Codec | PowerSGD, option: Option, mode: FeedbackMode = "none") -> str | None:
+    """Why the codec with this feedback cannot be right on the way of the option, or None if it can."""
     if isinstance(codec, PowerSGD) or option.low_rank:
         fits = not option.compresses or (isinstance(codec, PowerSGD) and option.low_rank)
         return None if fits else f"P and Q are the tasks of {PowerSGD.name}, C is that of all others"
     keeps_scale = codec.contractive or codec.unbiased
-    return option.unfit_for(summable=codec.sum_dtype is not None, votes=codec.votes, keeps_scale=keeps_scale)
+    return option.unfit_for(summable=may_sum(codec, mode), votes=codec.votes, keeps_scale=keeps_scale)
