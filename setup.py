@@ -9,8 +9,8 @@ HOOK = "espresso_ds_hook.pth"
 CSRC = Path("espresso_ds/csrc")
 
 # A plain library of C functions, loaded by ctypes: no Python or torch headers. Kernels are compiled for several CPUs each and
-# chosen at run time. Without contraction sums equal Python's, and each other's. Optional: where no compiler is, all works in plain
-# Python and torch, slowly, and says so.
+# chosen at run time. Without contraction sums equal Python's, and each other's. Optional: where no compiler is, all works in
+# plain Python and torch, slowly, and says so.
 NATIVE = Extension(
     "espresso_ds._native",
     sources=sorted(str(source) for source in CSRC.glob("*.cpp")),

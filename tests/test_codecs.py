@@ -23,7 +23,7 @@ DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=(
 
 
 def _backends(codec):
-    return (False,) if isinstance(codec, spanwise.Spanwise) or codec.name == "randomk" else (False, True)
+    return (False,) if codec.name in ("qsgd", "terngrad", "randomk") else (False, True)
 
 
 codecs = pytest.mark.parametrize("codec", [pytest.param(codec, id=name) for name, codec in CASES.items()])
@@ -294,6 +294,7 @@ SPANWISE = [pytest.param(codec, id=name) for name, codec in CASES.items() if isi
 @pytest.mark.parametrize("codec", SPANWISE)
 def test_where_spans_end_changes_no_byte(codec, monkeypatch):
     """A GPU takes a tensor at once, a CPU in spans: what one writes the other reads."""
+    monkeypatch.setattr(backend, "_kernel", lambda *_: None)
     numel = 2 * spanwise.SPAN + 4099
     x, residual = normal(numel), normal(numel, 2) * 0.1
     results = []

@@ -77,8 +77,12 @@ def brute_force(p: np.ndarray, k: int) -> np.ndarray:
 def brute_reaching(p: np.ndarray, k: int) -> np.ndarray:
     """The same of those that reach the sampled threshold, written anew from its description."""
     size, rank = threshold.sampling(len(p), k, False)
-    step, stride = (len(p) << 16) // size, len(p) // size
-    at = [(j * step >> 16) + ((j * 2654435769 % 2**32) * stride >> 32) for j in range(size)]
+    run = 16 if len(p) > 512 else len(p)
+    runs, units = size // run, len(p) // run
+    mixed = [j * 2654435769 % 2**32 for j in range(runs)]
+    hashed = [(j ^ j >> 16) * 2246822519 % 2**32 for j in mixed]
+    first = [(j * ((units << 16) // runs) >> 16) + (hashed[j] * (units // runs) >> 32) for j in range(runs)]
+    at = [run * unit + i for unit in first for i in range(run)]
     magnitudes = (p.view(np.uint32) & 0x7FFFFFFF).astype(np.int64)
     guess = 1 if rank > size else min(max(np.sort(magnitudes[at])[-rank], 1), 0x7F800000)
     return brute_force(p, min(k, np.count_nonzero(magnitudes >= guess)))
@@ -269,13 +273,25 @@ def test_about_k_are_found():
     assert min(found) >= 0.75 and max(found) <= 1 and np.mean(found) >= 0.97
 
 
-def test_the_sample_has_an_element_in_every_stratum():
-    for numel, size in ((1, 1), (7, 7), (1000, 512), (65537, 4096), (10**12 + 7, 16384)):
+def test_the_sample_has_a_run_in_every_stratum():
+    for numel, size in ((1, 1), (7, 7), (512, 512), (513, 512), (1000, 512), (65537, 4096), (10**12 + 7, 16384)):
         at = threshold.positions(numel, size).numpy()
         assert len(at) == size and at[0] >= 0 and at[-1] < numel and (np.diff(at) > 0).all()
-        assert np.abs(at - np.arange(size) * (numel / size)).max() <= numel / size + 1
-    size, columns = 4096, 768  # and in no step with the columns of a matrix
-    assert len(np.unique(threshold.positions(size * columns, size).numpy() % columns)) > 0.9 * columns
+        first = at[::16] if size < numel else at[:1]
+        assert (np.diff(at.reshape(len(first), -1)) == 1).all()
+        assert np.abs(first - np.arange(len(first)) * (numel / len(first))).max() <= numel / len(first) + 16
+    for rows in (1, 3, 5, 8, 16, 100):  # and in no step with the columns of a matrix, however many rows a stratum has
+        at = threshold.positions(512 * rows * 768, 512 * 16).numpy() % 768
+        hits = np.bincount(at // 16, minlength=48) // 16
+        assert hits.min() >= 1 and hits.max() <= 25, "512 runs, about 11 of them in each of 48 places"
+
+
+def test_samples_are_of_whole_runs():
+    for numel, k in itertools.product((1, 511, 512, 513, 16383, 65537, 10**6 + 3, 2**30), (1, 3, 100, 500)):
+        if k <= numel:
+            size, rank = threshold.sampling(numel, k, False)
+            assert size == numel if numel <= 512 else size % 16 == 0 and 512 <= size <= numel
+            assert rank >= k / numel * size
 
 
 @pytest.mark.parametrize("count", (1, 3))

@@ -51,6 +51,7 @@ def steady_state(steps: int) -> dict:
         **seen,
         "median_step_s": statistics.median(seconds),
         "rss_growth_bytes": rss[-1] - rss[0],
+        "rss_growth_second_half_bytes": rss[-1] - rss[len(rss) // 2],
         "in_use_growth_bytes": in_use[-1] - in_use[0],
         "in_use_growth_second_half_bytes": in_use[-1] - in_use[len(in_use) // 2],
         "allocations_per_step": sum(seen["allocations"].values()) / steps,

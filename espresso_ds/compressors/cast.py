@@ -2,8 +2,8 @@
 
 Error per element, contractive: at most 2**-11 |p| (fp16) or 2**-8 |p| (bf16) within the format's normal range; what underflows
 is rounded to a subnormal or to zero, which leaves an error of at most |p|; finite values beyond the largest of the format are
-sent as that largest, so that the error memory stays finite, while NaN and Inf are sent as the positive quiet NaN without
-payload. Biased, deterministic.
+sent as that largest, so that the error memory stays finite, while NaN and Inf are sent as one NaN, 0x7E00 (fp16) or 0x7FC0
+(bf16). Biased, deterministic.
 Payload: 2 n bytes; payloads may be summed in their own dtype (the sum may overflow to Inf, which shows).
 Source: IEEE 754 for fp16 and for the rounding; Micikevicius et al., "Mixed Precision Training", ICLR 2018, for gradients in fp16;
 Kalamkar et al., "A Study of BFLOAT16 for Deep Learning Training", 2019.

@@ -5,8 +5,7 @@ decode = scale * q, scale = max |p| of the block / M, with M the format's larges
 mantissa), 57344 for e5m2. Rounding to nearest even. Error per element, contractive: at most |p|, and
     e4m3: max(2**-4 |p|, 2**-10 max |p| / 448)        e5m2: max(2**-3 |p|, 2**-17 max |p| / 57344)
 (times 1 + 2**-22 for fp32's own rounding). Zero is exact. Biased, deterministic. Blocks whose scale would be subnormal are
-sent as zeros. A block with NaN or Inf decodes to NaN: scale and codes are the positive quiet
-NaN of their formats.
+sent as zeros. A block with NaN or Inf decodes to NaN: its scale is the quiet NaN 0x7FC00000, all its codes are 0x7F.
 
 Payload: n + 4 ceil(n / 1024) bytes: scales (fp32), codes. The scale's 4 bytes are 0.4%. Not summable.
 """

@@ -6,8 +6,9 @@ calls.
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -31,23 +32,24 @@ class _How(Structure):
     )
 
 
-_ARRAYS = [c_void_p] * 4  # x, residual, kept, payload
 _library = declare(
     {
-        "espresso_topk_encode": (c_int, [*_ARRAYS, POINTER(_How)]),
-        "espresso_dgc_encode": (c_int, [*_ARRAYS, POINTER(_How), c_void_p, c_void_p, c_float, c_float]),
+        "espresso_topk_encode": (c_int, [c_char_p, POINTER(_How)]),
         "espresso_topk_decode_sum": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int]),
     }
 )
 if _library is not None:
-    _encode_topk, _encode_dgc = _library.espresso_topk_encode, _library.espresso_dgc_encode
-    _decode_sum = _library.espresso_topk_decode_sum
+    _encode, _decode_sum = _library.espresso_topk_encode, _library.espresso_topk_decode_sum
+_arrays = Struct(
+    "@6N2f"
+).pack  # x, residual, velocity, kept, velocity_kept, payload, momentum, scale; in one, as each argument costs
 
 
 def topk_encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, k: int, exact: bool) -> None:
     """As `topk.topk_encode`; `residual` and `kept` are of one dtype."""
-    how = _how(x.numel(), k, exact, _kind(residual, kept))
-    if _encode_topk(x.data_ptr(), _pointer(residual), _pointer(kept), payload.data_ptr(), how):
+    how = _how(x.numel(), k, exact, _narrow(residual, kept), False)
+    arrays = _arrays(x.data_ptr(), _pointer(residual), 0, _pointer(kept), 0, payload.data_ptr(), 0.0, 0.0)
+    if _encode(arrays, how):
         _no_memory(how)
 
 
@@ -63,18 +65,18 @@ def dgc_encode(
     scale: float,
 ) -> None:
     """As `topk.dgc_encode`; `residual` and `kept` are of one dtype, and so are `velocity` and `velocity_kept`."""
-    how = _how(x.numel(), k, False, _kind(residual, kept) + 2 * (velocity.dtype is _BFLOAT16))
-    if _encode_dgc(
+    how = _how(x.numel(), k, False, _narrow(residual, kept), velocity.dtype is _BFLOAT16)
+    arrays = _arrays(
         x.data_ptr(),
         _pointer(residual),
-        _pointer(kept),
-        payload.data_ptr(),
-        how,
         velocity.data_ptr(),
+        _pointer(kept),
         _pointer(velocity_kept),
+        payload.data_ptr(),
         momentum,
         scale,
-    ):
+    )
+    if _encode(arrays, how):
         _no_memory(how)
 
 
@@ -92,17 +94,17 @@ def topk_decode_sum(rows: Tensor, out: Tensor, k: int, add: bool) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _how(numel: int, k: int, exact: bool, kinds: int) -> _How:
-    return _How(numel, k, *sampling(numel, k, exact), exact, kinds)
+def _how(numel: int, k: int, exact: bool, narrow: bool, narrow_velocity: bool) -> _How:
+    return _How(numel, k, *sampling(numel, k, exact), exact, narrow + 2 * narrow_velocity)
 
 
-def _pointer(array: Tensor | None) -> int | None:
-    return None if array is None else array.data_ptr()
+def _pointer(array: Tensor | None) -> int:
+    return 0 if array is None else array.data_ptr()
 
 
-def _kind(residual: Tensor | None, kept: Tensor | None) -> int:
+def _narrow(residual: Tensor | None, kept: Tensor | None) -> bool:
     memory = kept if residual is None else residual
-    return 0 if memory is None else int(memory.dtype is _BFLOAT16)
+    return memory is not None and memory.dtype is _BFLOAT16
 
 
 def _no_memory(how: _How) -> None:

@@ -10,7 +10,7 @@ Neither unbiased nor contractive: all scale is lost, and error feedback around i
 whose `efsignsgd` mends that). It takes a learning rate of its own. Error per element: | |p| - 1 |. Elements without gradient
 are sent as +1 all the same. NaN or Inf anywhere makes all of the decoded tensor NaN.
 
-Payload: 4 + ceil(n / 8) bytes: a unit (fp32: 1, or NaN), sign bits.
+Payload: 4 + ceil(n / 8) bytes: a unit (fp32: 1, or the quiet NaN 0x7FC00000), sign bits.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .backend import kernel
 from .base import Codec
-from .blocks import keep
+from .spanwise import keep
 from .threshold import MAGNITUDE, first_largest, reaching
 
 BLOCK = 1 << 16

@@ -16,8 +16,8 @@ inline int64_t blocks_of(int64_t numel) { return (numel + BLOCK - 1) / BLOCK; }
 
 inline int64_t packed_nbytes(int64_t numel, int bits) { return (numel + 7) / 8 * bits; }
 
-// p = x + residual is to be encoded, p - decode to be left in `kept`. Both are float, or both bfloat16 (`narrow`); each may be null,
-// and they may be the same memory.
+// p = x + residual is to be encoded, p - decode to be left in `kept`. Both are float, or both bfloat16 (`narrow`); each may be
+// null, and they may be the same memory.
 struct Encoding {
     const float* x;
     const void* residual;

@@ -2,9 +2,10 @@
 //
 // How to add a kernel `foo`:
 //  1. foo.inc holds the work on some blocks, as functions with internal linkage. It is compiled once per level, in a namespace of
-//     each, so it includes nothing but other .inc files: headers go into foo.cpp. It uses no templates of the standard library and
-//     no lambdas, which could be compiled for one level and linked into another. `ESPRESSO_LEVEL` is one of the numbers below; what
-//     differs by level belongs into lanes.inc (vectors) or bits.inc (packing). Every level must write the same bytes: sums go in a fixed number of lanes.
+//     each, so it includes nothing but other .inc files: headers go into foo.cpp. It uses no templates of the standard library
+//     and no lambdas, which could be compiled for one level and linked into another. `ESPRESSO_LEVEL` is one of the numbers
+//     below; what differs by level belongs into lanes.inc (vectors) or bits.inc (packing). Every level must write the same
+//     bytes: sums go in a fixed number of lanes.
 //  2. foo.cpp says
 //         #define ESPRESSO_SOURCE "foo.inc"
 //         #include "versions.h"

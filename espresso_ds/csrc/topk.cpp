@@ -93,7 +93,7 @@ uint32_t guess(const uint32_t* sample, int64_t size, int64_t rank, uint32_t leas
 
 // Reduce the lists to the k largest of all: ties go to the first lists.
 void choose(const Job& job, List* lists, int64_t pieces, int64_t total, Buffer<uint32_t>& room) {
-    uint32_t* pool = room.of(total);
+    uint32_t* pool = room.of(total + GROUP);
     int64_t filled = 0, above[MOST_PIECES], ties[MOST_PIECES];
     for (int64_t i = 0; i < pieces; filled += lists[i++].count) {
         ESPRESSO_PICK(sizes_of)(lists[i].values, lists[i].count, pool + filled);
@@ -113,11 +113,12 @@ void encode_all(const Job& job, unsigned char* payload, int64_t size, int64_t ra
     thread_local Scratch scratch;
     List* const lists = scratch.lists;
     const int64_t pieces = cut(job, scratch);
-    uint32_t* const sample = scratch.sample.of(2 * size);
+    uint32_t* const sample = scratch.sample.of(2 * size + GROUP);
     ESPRESSO_PICK(sample)(job, size, sample);
 
     Job look = job;
-    const bool in_place = job.residual.kept && job.residual.kept == job.residual.old, later = exact && in_place && job.residual.narrow;
+    const bool in_place = job.residual.kept && job.residual.kept == job.residual.old;
+    const bool later = exact && in_place && job.residual.narrow;
     if (later) look.residual.kept = nullptr;
     int64_t total = 0;
     for (;; rank *= 8) {
@@ -172,29 +173,24 @@ struct EspressoTopK {
     int32_t exact, kinds;
 };
 
-// Compress at least one element; `residual` and `kept` may be null.
-int espresso_topk_encode(const void* x, const void* residual, void* kept, void* payload, const EspressoTopK* how) {
-    const Job job{static_cast<const char*>(x),
-                  {static_cast<const char*>(residual), static_cast<char*>(kept), (how->kinds & 1) != 0},
-                  {nullptr, nullptr, false},
-                  0,
-                  0,
-                  how->numel,
-                  how->k};
-    return encode(job, static_cast<unsigned char*>(payload), how->sample, how->rank, how->exact != 0);
-}
+// All but `x` and `payload` may be null; there is momentum if `velocity` is not. One argument: each costs Python as much as
+// some hundred elements.
+struct EspressoTopKArrays {
+    const void *x, *residual, *velocity;
+    void *kept, *velocity_kept, *payload;
+    float momentum, scale;
+};
 
-// The same with momentum; `residual`, `kept` and `velocity_kept` may be null.
-int espresso_dgc_encode(const void* x, const void* residual, void* kept, void* payload, const EspressoTopK* how, const void* velocity,
-                        void* velocity_kept, float momentum, float scale) {
-    const Job job{static_cast<const char*>(x),
-                  {static_cast<const char*>(residual), static_cast<char*>(kept), (how->kinds & 1) != 0},
-                  {static_cast<const char*>(velocity), static_cast<char*>(velocity_kept), (how->kinds & 2) != 0},
-                  momentum,
-                  scale,
+// Compress at least one element.
+int espresso_topk_encode(const EspressoTopKArrays* arrays, const EspressoTopK* how) {
+    const Job job{static_cast<const char*>(arrays->x),
+                  {static_cast<const char*>(arrays->residual), static_cast<char*>(arrays->kept), (how->kinds & 1) != 0},
+                  {static_cast<const char*>(arrays->velocity), static_cast<char*>(arrays->velocity_kept), (how->kinds & 2) != 0},
+                  arrays->momentum,
+                  arrays->scale,
                   how->numel,
                   how->k};
-    return encode(job, static_cast<unsigned char*>(payload), how->sample, how->rank, how->exact != 0);
+    return encode(job, static_cast<unsigned char*>(arrays->payload), how->sample, how->rank, how->exact != 0);
 }
 
 // Add `count` payloads, `stride` bytes apart, to `out`, or overwrite it by their sum.

@@ -8,8 +8,10 @@
 namespace espresso::topk {
 
 constexpr int64_t BLOCK = 1 << 16;  // elements that share a count in the payload: places in it fit 16 bits
-constexpr int64_t CHUNK = 1 << 11;  // elements formed at a time, so that they are still in the first cache when they are listed
+constexpr int64_t CHUNK = 1 << 10;  // elements formed at a time, so that they are still in the first cache when they are listed
 constexpr int64_t GROUP = 16;       // elements with one mask
+constexpr int64_t RUN = 16;         // neighbours that are sampled together, a line of the cache
+constexpr int64_t LEAST_SAMPLE = 512;  // elements; fewer are all sampled
 
 // Magnitudes are compared as integers, which orders them as floats are, with NaN above infinity.
 constexpr uint32_t ALL_BUT_SIGN = 0x7FFFFFFF, INFINITE_SIZE = 0x7F800000;
