@@ -48,9 +48,7 @@ class Codec(ABC):
         """Size in bytes of the payload of `numel` elements, fixed by `numel` alone; 0 for none."""
 
     @abstractmethod
-    def encode(
-        self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None
-    ) -> None:
+    def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
         """Compress p = x + residual into `payload`, and leave p - decode(payload) in `kept`.
 
         Args:

@@ -40,9 +40,8 @@ _library = declare(
 )
 if _library is not None:
     _encode, _decode_sum = _library.espresso_topk_encode, _library.espresso_topk_decode_sum
-_arrays = Struct(
-    "@6N2f"
-).pack  # x, residual, velocity, kept, velocity_kept, payload, momentum, scale; in one, as each argument costs
+_arrays = Struct("@6N2f").pack
+"""x, residual, velocity, kept, velocity_kept, payload, momentum, scale: one argument takes ctypes half as long as eight."""
 
 
 def topk_encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, k: int, exact: bool) -> None:
