@@ -45,7 +45,7 @@ SEED = 2**63 - 12345
 def all_of_the_machine_again():
     yield
     library().espresso_cpu_limit(2)
-    library().espresso_threads(1)
+    library().espresso_threads(1, 0)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def directly(function, *arguments):
 def machines():
     for level, threads in itertools.cycle(itertools.product(LEVELS, THREADS)):
         library().espresso_cpu_limit(level)
-        library().espresso_threads(threads)
+        library().espresso_threads(threads, 0)
         yield level, threads
 
 

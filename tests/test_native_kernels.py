@@ -38,7 +38,7 @@ def defaults():
     assert library() is not None, "espresso_ds was built without its native code"
     yield
     native.limit_cpu(2)
-    native.use_threads(1)
+    native.use_threads(1, 0)
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["baseline", "avx2", "avx512"])
@@ -246,7 +246,7 @@ def test_threads_change_nothing(codec):
     x, residual = gradients(n), gradients(n, seed=1)
     found = []
     for threads in (1, 2, 3, 7):
-        native.use_threads(threads)
+        native.use_threads(threads, 0)
         for _ in range(3):
             payload, kept = encode(codec, x, residual, torch.bfloat16, True)
             found.append((payload, kept, decode(codec, [payload] * 2, n)))
@@ -255,7 +255,7 @@ def test_threads_change_nothing(codec):
 
 
 def test_many_callers_at_once():
-    native.use_threads(2)
+    native.use_threads(2, 0)
     n = 20 * BLOCK + 9
     jobs = [(codec, gradients(n, seed)) for seed, codec in enumerate(CODECS)]
     expected = [encode(codec, x, x, torch.float32, True) for codec, x in jobs]
@@ -272,7 +272,7 @@ def test_many_callers_at_once():
 
 
 def test_a_forked_child_works_on():
-    native.use_threads(3)
+    native.use_threads(3, 0)
     x, codec = gradients(40 * BLOCK), EFSignSGD()
     payload, _ = encode(codec, x)  # the pool has its threads now
     child = os.fork()

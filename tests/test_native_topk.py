@@ -31,7 +31,7 @@ def all_of_the_machine_again():
     yield
     if (native := library()) is not None:
         native.espresso_cpu_limit(2)
-        native.espresso_threads(1)
+        native.espresso_threads(1, 0)
 
 
 def normal(numel: int, seed: int = 0) -> torch.Tensor:
@@ -112,7 +112,7 @@ def copies(memory: torch.Tensor | None, place: str) -> tuple[torch.Tensor | None
 def settings_of_the_machine():
     for level, threads in itertools.cycle(itertools.product(LEVELS, THREADS)):
         library().espresso_cpu_limit(level)
-        library().espresso_threads(threads)
+        library().espresso_threads(threads, 0)
         yield level, threads
 
 
@@ -302,7 +302,7 @@ def test_dgc_is_the_papers(count):
     residual, velocity, payload = torch.zeros(numel), torch.zeros(numel), payload_of(numel, k)
     u, v, total = np.zeros(numel, np.float32), np.zeros(numel, np.float32), np.zeros(numel)
     if library() is not None:
-        library().espresso_threads(count)
+        library().espresso_threads(count, 0)
     for step in range(20):
         x = normal(numel, step) * size
         codec.encode_momentum(x, velocity, velocity, residual, residual, payload, 0, momentum, scale)

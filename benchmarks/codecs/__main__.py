@@ -47,11 +47,16 @@ def bars(rows: Rows) -> list[str]:
                 for numel, share in shares
                 if share < (subject.bar.large if numel >= 1 << 20 else subject.bar.small)
             ]
-            said.append(f"{subject.name}: {subject.bar}: {'MISSED at ' + ', '.join(missed) if missed else 'met'}")
+            asked = f"{subject.bar.large:.0%} of `r += g` from 2^20, {subject.bar.small:.0%} below"
+            said.append(f"{subject.name}: {asked}: {'MISSED at ' + ', '.join(missed) if missed else 'met'}")
         if subject.peer is not None:
             times = [row["times_plain_torch"] for row in own if row["what"] == "encode"]
             said.append(f"{subject.name}: {min(times):.1f}x plain torch at least, {statistics.median(times):.1f}x in the median")
-    return said
+    every = [row["times_plain_torch"] for row in rows if row["what"] == "encode" and row["times_plain_torch"] is not None]
+    return [
+        *said,
+        f"all encoders and sizes: {min(every):.1f}x plain torch at least, {statistics.median(every):.1f}x in the median",
+    ]
 
 
 def main() -> None:

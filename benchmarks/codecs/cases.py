@@ -62,7 +62,7 @@ FIRST = [
     _of("topk", plain.topk(0.01), density=0.01),
 ]
 SUBJECTS = FIRST + [
-    Subject(settings) for name in CODECS if (settings := CompressorSettings(name=name)) not in [s.settings for s in FIRST]
+    Subject(CompressorSettings(name=name)) for name in CODECS if name not in {subject.settings.name for subject in FIRST}
 ]
 
 

@@ -7,7 +7,7 @@ encoded in the time of a few Python calls, so nothing here slices, views or allo
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import c_int, c_void_p
+from ctypes import c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ _library = native.declare(
     {
         "espresso_cpu_level": (c_int, []),
         "espresso_cpu_limit": (None, [c_int]),
-        "espresso_threads": (None, [c_int]),
+        "espresso_threads": (None, [c_int, c_int64]),
         "espresso_sign_encode": (None, [_WORD] * 6),
         "espresso_sign_decode_sum": (None, [_WORD] * 6),
         "espresso_onebit_encode": (None, [_WORD] * 6),
@@ -66,10 +66,15 @@ _library = native.declare(
 )
 
 
-def use_threads(count: int) -> None:
-    """Let kernels work on `count` threads, the calling one among them; at first it is 1. Results do not depend on it."""
+def use_threads(count: int, least_numel: int = 1 << 19) -> None:
+    """Let kernels work on `count` threads, the calling one among them; at first it is 1. Results do not depend on it.
+
+    Args:
+        count: of threads.
+        least_numel: of a tensor that they are woken up for: with fewer elements the caller is done before they have begun.
+    """
     if _library is not None:
-        _library.espresso_threads(count)
+        _library.espresso_threads(count, least_numel)
 
 
 def cpu_level() -> str:

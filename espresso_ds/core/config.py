@@ -36,6 +36,7 @@ class CompressorSettings(Record):
         given = {key: getattr(self, key) for key in STRENGTH if getattr(self, key) is not None}
         strength = [f"{key}={value}" if isinstance(value, str) else f"{key}={value:g}" for key, value in given.items()]
         memory = {None: "its own feedback", "ef": "error feedback", "none": "no error feedback"}.get(self.feedback, self.feedback)
+        memory = f"{memory} in {self.residual}" if self.residual != "float32" else memory
         return f"{' '.join([self.name, *strength])}, {memory}"
 
 

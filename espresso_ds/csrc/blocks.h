@@ -40,7 +40,7 @@ struct Decoding {
 template <class Job>
 void over_blocks(void (*work)(const Job&, int64_t, int64_t), const Job& job) {
     const int64_t blocks = blocks_of(job.numel);
-    parallel((blocks + PER_PIECE - 1) / PER_PIECE, [&](int64_t piece) {
+    parallel((blocks + PER_PIECE - 1) / PER_PIECE, job.numel, [&](int64_t piece) {
         const int64_t first = piece * PER_PIECE, last = first + PER_PIECE;
         work(job, first, last < blocks ? last : blocks);
     });

@@ -19,6 +19,7 @@ namespace {
 constexpr int MOST_THREADS = 256;
 
 std::atomic<int> threads{1};
+std::atomic<int64_t> least_numel{0};
 
 class Pool {
 public:
@@ -100,13 +101,19 @@ Pool& pool() {
 
 }  // namespace
 
+bool worth_threads(int64_t numel) { return numel >= least_numel.load(std::memory_order_relaxed); }
+
 void run_pieces(int64_t pieces, Piece piece, const void* body) { pool().run(pieces, piece, body); }
 
 }  // namespace espresso
 
 extern "C" {
 
-// Sets on how many threads kernels work, the calling one among them; 1 at first. Results do not depend on it.
-void espresso_threads(int count) { espresso::threads.store(std::clamp(count, 1, espresso::MOST_THREADS)); }
+// Sets on how many threads kernels work, the calling one among them, 1 at first; and from how many elements on. Results do not
+// depend on it.
+void espresso_threads(int count, int64_t least) {
+    espresso::threads.store(std::clamp(count, 1, espresso::MOST_THREADS));
+    espresso::least_numel.store(least);
+}
 
 }  // extern "C"

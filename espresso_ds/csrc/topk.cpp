@@ -106,7 +106,7 @@ void choose(const Job& job, List* lists, int64_t pieces, int64_t total, Buffer<u
         const int64_t reached = threshold == 0 ? lists[i].count : ESPRESSO_PICK(count_above)(lists[i], equal);
         ties[i] = std::min(left, reached - above[i]);
     }
-    parallel(pieces, [&](int64_t i) { ESPRESSO_PICK(filter)(job, lists[i], threshold, ties[i]); });
+    parallel(pieces, total, [&](int64_t i) { ESPRESSO_PICK(filter)(job, lists[i], threshold, ties[i]); });
 }
 
 void encode_all(const Job& job, unsigned char* payload, int64_t size, int64_t rank, bool exact) {
@@ -123,18 +123,18 @@ void encode_all(const Job& job, unsigned char* payload, int64_t size, int64_t ra
     int64_t total = 0;
     for (;; rank *= 8) {
         const uint32_t low = guess(sample, size, rank, exact ? 0 : 1, sample + size);
-        parallel(pieces, [&](int64_t i) { ESPRESSO_PICK(collect)(look, low, lists[i]); });
+        parallel(pieces, job.numel, [&](int64_t i) { ESPRESSO_PICK(collect)(look, low, lists[i]); });
         total = 0;
         for (int64_t i = 0; i < pieces; ++i) total += lists[i].count;
         if (!exact || total >= job.k) break;
         if (in_place && !later) {
-            parallel(pieces, [&](int64_t i) { ESPRESSO_PICK(restore)(job, lists[i]); });
+            parallel(pieces, total, [&](int64_t i) { ESPRESSO_PICK(restore)(job, lists[i]); });
             look.x = job.residual.kept;
             look.residual.old = nullptr;
         }
     }
     if (total > job.k) choose(look, lists, pieces, total, scratch.chosen);
-    if (later) parallel(pieces, [&](int64_t i) { ESPRESSO_PICK(rewrite)(job, lists[i]); });
+    if (later) parallel(pieces, job.numel, [&](int64_t i) { ESPRESSO_PICK(rewrite)(job, lists[i]); });
 
     const int64_t blocks = (job.numel + BLOCK - 1) / BLOCK;
     int32_t* counts = reinterpret_cast<int32_t*>(payload);
@@ -145,7 +145,7 @@ void encode_all(const Job& job, unsigned char* payload, int64_t size, int64_t ra
         starts[i] = end;
         end += lists[i].count;
     }
-    parallel(pieces, [&](int64_t i) { ESPRESSO_PICK(write)(lists[i], starts[i], counts, values, places); });
+    parallel(pieces, end, [&](int64_t i) { ESPRESSO_PICK(write)(lists[i], starts[i], counts, values, places); });
     std::fill(values + end, values + job.k, uint16_t{0});
     std::fill(places + end, places + job.k, uint16_t{0});
 }
@@ -197,7 +197,7 @@ int espresso_topk_encode(const EspressoTopKArrays* arrays, const EspressoTopK* h
 int espresso_topk_decode_sum(const void* rows, int64_t count, int64_t stride, void* out, int64_t numel, int64_t k, int add) {
     const int64_t blocks = (numel + BLOCK - 1) / BLOCK, pieces = (blocks + PIECE_BLOCKS - 1) / PIECE_BLOCKS;
     std::atomic<bool> right{true};
-    espresso::parallel(pieces, [&](int64_t i) {
+    espresso::parallel(pieces, numel, [&](int64_t i) {
         const int64_t first = i * PIECE_BLOCKS, last = std::min(first + PIECE_BLOCKS, blocks);
         if (!ESPRESSO_PICK(scatter)(static_cast<const unsigned char*>(rows), count, stride, first, last,
                                     static_cast<float*>(out), numel, k, add != 0)) {
