@@ -23,7 +23,7 @@ from espresso_ds.core.record import write_json
 from quickstart_run import run_logged
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT, CONFIG, EMULATE = "examples/sentiment.py", "configs/sentiment.json", "launch/emulate"
+SCRIPT, CONFIG, EMULATE = (str(ROOT / name) for name in ("examples/sentiment.py", "configs/sentiment.json", "launch/emulate"))
 CODEC = ("--compressor", "topk", "--density", "0.05", "--thrift", "0.09")
 """No more than 3 in 100 rows of the embedding have a gradient, so that there nothing is lost; what is hidden stays exact."""
 HOSTS = 2
@@ -88,7 +88,7 @@ def main() -> None:
     started = time.monotonic()
     home = args.home.resolve()
     env = environment(home)
-    os.chdir(ROOT)
+    os.chdir(home)  # workers have this folder on their path, and in the checkout they would find sources without native code
     wrap, cluster, emulated = choose_cluster(args.rate, home, env)
     plan = home / "plan.json"
 
@@ -110,15 +110,25 @@ def main() -> None:
     options = ["--ds-config", CONFIG, *where, *CODEC, "-o", str(plan)]
     prepare = ["espresso", "prepare", *options, *script(args.seeds[0])]
     run_logged(wrap(prepare, None), home / "prepare.log", env, "espresso prepare", console)
+    trace = home / "run-trace.json"
+    env["ESPRESSO_TRACE_RUN"] = str(trace)  # of the last run
     planned = [train("planned", seed, ["--espresso_config", str(plan)]) for seed in args.seeds]
     picture = home / "timelines.png"
     explain = ["espresso", "explain", str(plan), "--picture", str(picture)]
     run_logged(explain, home / "explain.txt", env | {"COLUMNS": "160"}, "espresso explain", console)
 
+    side_by_side = ["espresso", "compare", str(plan), str(trace)]
+    run_logged(side_by_side, home / "compare.txt", env | {"COLUMNS": "160"}, "espresso compare", console)
+
     comparison = report.compare(plain, planned, plan, rate=args.rate if emulated else "none, local ranks")
     write_json(home / "report.json", comparison.as_json())
     console.print(report.table(comparison))
-    shown = {"what was decided for each tensor": "explain.txt", "both timelines": picture.name, "all figures": "report.json"}
+    shown = {
+        "what was decided for each tensor": "explain.txt",
+        "prediction and measurement, tensor by tensor": "compare.txt",
+        "both timelines": picture.name,
+        "all figures": "report.json",
+    }
     for what, name in shown.items():
         console.print(f"{what}: {args.home / name}", highlight=False)
     console.print(f"Total time {(time.monotonic() - started) / 60:.1f} minutes.")
