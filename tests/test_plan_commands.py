@@ -171,3 +171,14 @@ def test_where_no_plan_can_be_written_is_one_clear_line(tmp_path, name):
     slow = slow_case(tmp_path)
     with pytest.raises(SystemExit, match=r"^espresso: .*" + name):
         main([*plan_words(slow), "-o", str(slow / name)])
+
+
+@pytest.mark.parametrize("words", [["--compressor", "dgc"], ["--bits", "2"], ["--alternative", "fp16"]], ids=" ".join)
+def test_a_profile_of_codecs_and_the_wish_for_others_are_not_both_taken(words, tmp_path):
+    out = tmp_path / "plan.json"
+    given = ["--ds-config", str(tmp_path / "ds.json"), "--compressors", "measured.json", "-o", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main(["prepare", *given, *words, "train.py"])
+    said = str(ended.value)
+    assert "--compressors measured.json" in said and words[0] in said and "give one of the two" in said
+    assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from .plan import add_plan_arguments, describe, read_ds_config, with_arguments, 
 from .profile import (
     add_compressor_arguments,
     alternative_settings,
+    check_profile_asked_for,
     compressor_settings,
     describe_cluster,
     describe_compressors,
@@ -48,6 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what is not given, plan, and write plan.json; the profiles go to a directory beside it."""
+    check_profile_asked_for(args)
     config, block = read_ds_config(args.ds_config)
     compressor, alternatives = compressor_settings(args, block.compressor), alternative_settings(args, block.alternatives)
     block = with_arguments(block.model_copy(update={"compressor": compressor, "alternatives": alternatives}), args)

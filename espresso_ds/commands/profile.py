@@ -59,6 +59,16 @@ def _choices(annotation: object) -> str:
     return "|".join(filter(None, (part if isinstance(part, str) else _choices(part) for part in get_args(annotation))))
 
 
+def check_profile_asked_for(args: argparse.Namespace) -> None:
+    """Raise FileError if a profile of codecs is given and others are asked for: the plan would not have them."""
+    asked = [key for key in ("compressor", *_GIVEN, "alternative") if getattr(args, key)]
+    if args.compressors is not None and asked:
+        raise FileError(
+            f"--compressors {args.compressors} says which codecs there are, and --{asked[0].replace('_', '-')} asks for others; "
+            "give one of the two"
+        )
+
+
 def compressor_settings(args: argparse.Namespace, base: CompressorSettings) -> CompressorSettings:
     """The settings from the command line over those of `base`. Raises FileError at a value out of range."""
     given = {key: value for key in _GIVEN if (value := getattr(args, key)) is not None}

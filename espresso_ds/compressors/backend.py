@@ -1,8 +1,8 @@
 """Which kernels work on a tensor: native ones on a CPU, Triton ones on CUDA, none where they are missing: then the codec's own
 torch code runs, which is their reference and writes the same bytes.
 
-A backend is a module with the functions that codecs call, by the same names: `native` and `triton_kernels`. A codec asks
-`of(x)` and falls back on None, or on a backend that lacks its function.
+A backend is a module with the functions that codecs call, by the same names: `native` and `triton_kernels`. A codec asks for
+`kernel(name, x)` and runs its own code on None: the device has no backend, or that lacks the function.
 """
 
 from __future__ import annotations
