@@ -240,10 +240,11 @@ def _banner(source: Source, buffer_nbytes: int) -> str:
     used = Counter(tensor.codec for tensor in plan.tensors if Option.parse(tensor.option).compresses)
     codecs = "; ".join(f"{count} with {plan.compressors[codec].label}" for codec, count in sorted(used.items()))
     predicted = plan.predicted
+    feedback = "" if plan.step is None else f" and up to {plan.step.feedback_bytes / 1e6:.1f} MB of error feedback"
     return (
         f"espresso: plan active ({source.where}): {used.total()} of {len(plan.tensors)} tensors compressed"
         f"{f' ({codecs})' if codecs else ''}, "
         f"{predicted.planned_bytes / 1e6:.2f} MB sent per rank and step instead of {predicted.uncompressed_bytes / 1e6:.2f} MB, "
         f"expected step {predicted.planned_s:.3f} s (DeepSpeed alone: {predicted.stock_s:.3f} s), "
-        f"{buffer_nbytes / 1e6:.1f} MB of buffers on this rank"
+        f"{buffer_nbytes / 1e6:.1f} MB of buffers{feedback} on this rank"
     )
