@@ -9,8 +9,10 @@ from espresso_ds.core.config import CompressorSettings
 from espresso_ds.core.errors import FileError, MismatchError
 from espresso_ds.core.option import Level, Option
 from espresso_ds.core.plan import MadeFor, Plan, TensorDecision
+from espresso_ds.feedback import Feedback
 from espresso_ds.integrations import engine, engine_facts
 from espresso_ds.integrations.engine_facts import Layout
+from espresso_ds.runtime.executor import Compressor
 from espresso_ds.runtime.groups import needed
 from espresso_ds.runtime.paths import Encode, Place, path
 
@@ -55,6 +57,9 @@ def test_whether_the_ranks_of_a_host_follow_each_other(monkeypatch, hosts, layou
     assert engine_facts.layout() == layout
 
 
+BARE = Compressor(Identity(), Feedback("none"), 0)
+
+
 def plan_with(option):
     decision = TensorDecision(name="w", shape=(4,), dtype="float32", numel=4, option=option, unit=0)
     made_for = MadeFor(nodes=2, ranks_per_node=2, model="m", config={})
@@ -66,8 +71,8 @@ def test_hierarchical_options_are_refused_where_ranks_alternate_between_hosts():
     scattered, in_order = Layout(2, 2, in_order=False), Layout(2, 2, in_order=True)
     nested = plan_with("RS.intra AR.inter AG.intra")
     with pytest.raises(MismatchError, match=r"w: option .* works inside and between hosts"):
-        engine._check_options(nested, [Identity()], "cpu", scattered)
-    engine._check_options(nested, [Identity()], "cpu", in_order)
-    engine._check_options(plan_with("AR.flat"), [Identity()], "cpu", scattered)
+        engine._check_options(nested, [BARE], "cpu", scattered)
+    engine._check_options(nested, [BARE], "cpu", in_order)
+    engine._check_options(plan_with("AR.flat"), [BARE], "cpu", scattered)
     with pytest.raises(FileError, match="compresses on a GPU"):
-        engine._check_options(plan_with("C.gpu AG.flat D.gpu"), [Identity()], "cpu", in_order)
+        engine._check_options(plan_with("C.gpu AG.flat D.gpu"), [BARE], "cpu", in_order)
