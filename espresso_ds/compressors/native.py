@@ -6,13 +6,10 @@ encoded in the time of a few Python calls, so nothing here slices, views or allo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from ctypes import c_int, c_int64, c_void_p
-
-import torch
-from torch import Tensor
+from ctypes import c_int, c_int64
 
 from ..core import native
+from .native_call import WORD, decoder, encoder
 from .native_cast import (
     cast_decode_sum,
     cast_encode,
@@ -48,20 +45,18 @@ __all__ = [
     "use_threads",
 ]
 
-_WORD = c_void_p
-"""Any argument: ctypes converts an int to it in a fraction of what c_int64 takes, and None to 0."""
 
 _library = native.declare(
     {
         "espresso_cpu_level": (c_int, []),
         "espresso_cpu_limit": (None, [c_int]),
         "espresso_threads": (None, [c_int, c_int64]),
-        "espresso_sign_encode": (None, [_WORD] * 6),
-        "espresso_sign_decode_sum": (None, [_WORD] * 6),
-        "espresso_onebit_encode": (None, [_WORD] * 6),
-        "espresso_onebit_decode_sum": (None, [_WORD] * 6),
-        "espresso_quantize_encode": (None, [_WORD] * 8),
-        "espresso_quantize_decode_sum": (None, [_WORD] * 8),
+        "espresso_sign_encode": (None, [WORD] * 6),
+        "espresso_sign_decode_sum": (None, [WORD] * 6),
+        "espresso_onebit_encode": (None, [WORD] * 6),
+        "espresso_onebit_decode_sum": (None, [WORD] * 6),
+        "espresso_quantize_encode": (None, [WORD] * 8),
+        "espresso_quantize_decode_sum": (None, [WORD] * 8),
     }
 )
 
@@ -88,33 +83,10 @@ def limit_cpu(level: int) -> None:
         _library.espresso_cpu_limit(level)
 
 
-def _encoder(function: Callable[..., None]) -> Callable[..., None]:
-    def encode(x: Tensor, residual: Tensor | None, kept: Tensor | None, payload: Tensor, *parameters: int) -> None:
-        memory = residual if kept is None else kept
-        function(
-            x.data_ptr(),
-            None if residual is None else residual.data_ptr(),
-            None if kept is None else kept.data_ptr(),
-            payload.data_ptr(),
-            x.numel(),
-            memory is not None and memory.dtype is torch.bfloat16,
-            *parameters,
-        )
-
-    return encode
-
-
-def _decoder(function: Callable[..., None]) -> Callable[..., None]:
-    def decode_sum(rows: Tensor, out: Tensor, *parameters: int) -> None:
-        function(rows.data_ptr(), len(rows), rows.stride(0), out.data_ptr(), out.numel(), *parameters)
-
-    return decode_sum
-
-
 if _library is not None:
-    sign_encode = _encoder(_library.espresso_sign_encode)
-    sign_decode_sum = _decoder(_library.espresso_sign_decode_sum)
-    onebit_encode = _encoder(_library.espresso_onebit_encode)
-    onebit_decode_sum = _decoder(_library.espresso_onebit_decode_sum)
-    quantize_encode = _encoder(_library.espresso_quantize_encode)
-    quantize_decode_sum = _decoder(_library.espresso_quantize_decode_sum)
+    sign_encode = encoder(_library.espresso_sign_encode)
+    sign_decode_sum = decoder(_library.espresso_sign_decode_sum)
+    onebit_encode = encoder(_library.espresso_onebit_encode)
+    onebit_decode_sum = decoder(_library.espresso_onebit_decode_sum)
+    quantize_encode = encoder(_library.espresso_quantize_encode)
+    quantize_decode_sum = decoder(_library.espresso_quantize_decode_sum)
