@@ -367,7 +367,10 @@ def test_what_does_not_save_enough_travels_uncompressed():
 
 
 def test_steps_allocate_no_more_than_factors(alone):
-    """Nothing of the size of the gradient, and the same in every step."""
+    """Nothing of the size of the gradient, and the same in every step.
+
+    Sizes are net of what is freed meanwhile, and garbage of earlier tests may be: only the largest of each step is compared.
+    """
     shapes = ((256, 512), (512,), (300, 200))
     layout, memory = PowerSGD(4).layout(shapes), LowRankMemory()
     x = gradients(1, shapes, 1)[0, 0]
@@ -379,9 +382,9 @@ def test_steps_allocate_no_more_than_factors(alone):
             with torch.autograd.profiler.profile(profile_memory=True) as profile:
                 for pending in rank.low_rank.run(x):
                     pending.wait(DEADLINE_S)
-            taken.append([event.cpu_memory_usage for event in profile.function_events if event.cpu_memory_usage > 0])
+            taken.append(max(event.cpu_memory_usage for event in profile.function_events))
         assert taken[0] == taken[1] == taken[2]
-        assert max(taken[0]) <= 4 * max(matrix.rank * max(matrix.rows, matrix.cols) for matrix in layout.matrices)
+        assert 0 < taken[0] <= 4 * max(matrix.rank * max(matrix.rows, matrix.cols) for matrix in layout.matrices)
         assert memory.nbytes == 4 * (layout.numel + layout.right_numel)
         assert rank.low_rank.factors.nbytes == 4 * (layout.left_numel + 2 * layout.right_numel)
 
