@@ -81,6 +81,14 @@ def burst_bytes(rate: float) -> int:
     return 80_000 if rate <= 400e6 else 128 * 1024
 
 
+def shaping(rate: float) -> str:
+    """What `tc qdisc ... dev DEVICE` is told to shape a device to `rate` bit/s.
+
+    100 ms of queue: what a sender is allowed to pile up before the switch drops, for several hosts sending to one.
+    """
+    return f"root tbf rate {rate:.0f}bit burst {burst_bytes(rate)} latency 100ms"
+
+
 def tool(name: str) -> str:
     """Path of one of iproute2's programs; raises Missing."""
     path = shutil.which(name, path=TOOLS_PATH)
@@ -190,10 +198,8 @@ def _wire(cluster: Cluster, holders: Sequence[int]) -> None:
         _batch("ip", [f"link add {port} type veth peer name eth0 netns {holder}", f"link set {port} master switch up"], bridge)
         _batch("ip", [loopback, f"addr add {address(index)}/24 dev eth0", "link set eth0 up"], bridge, inside)
         if cluster.rate is not None:
-            # 100 ms of queue: what a sender is allowed to pile up before the switch drops, for several hosts sending to one
-            tbf = f"root tbf rate {cluster.rate:.0f}bit burst {burst_bytes(cluster.rate)} latency 100ms"
-            _batch("tc", [f"qdisc add dev {port} {tbf}"], shape)
-            _batch("tc", [f"qdisc add dev eth0 {tbf}"], shape, inside)
+            _batch("tc", [f"qdisc add dev {port} {shaping(cluster.rate)}"], shape)
+            _batch("tc", [f"qdisc add dev eth0 {shaping(cluster.rate)}"], shape, inside)
 
 
 def _check_names(cluster: Cluster, holder: int) -> None:

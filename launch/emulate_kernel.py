@@ -47,6 +47,15 @@ def enter(holder: int, directory: str) -> None:
     """
     descriptors = [os.open(f"/proc/{holder}/ns/{kind}", os.O_RDONLY) for kind in ("uts", "ipc", "net", "mnt")]
     for descriptor in descriptors:
-        _call("setns", descriptor, 0)
-        os.close(descriptor)
+        _join(descriptor)
     os.chdir(directory)
+
+
+def enter_network(pid: int) -> None:
+    """Move this process to the network of process `pid`, and to nothing else of it; raises OSError."""
+    _join(os.open(f"/proc/{pid}/ns/net", os.O_RDONLY))
+
+
+def _join(descriptor: int) -> None:
+    _call("setns", descriptor, 0)
+    os.close(descriptor)
