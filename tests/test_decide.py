@@ -182,7 +182,7 @@ def test_thrift_spares_what_compression_helps_least():
         menu = menu_of(trace, cluster, codecs)
         units = best_plan(trace, menu)
         before, lossy = Trials(units, trace, menu).time, sum(unit.numel for unit in units if unit.option.compresses)
-        trials = Trials(spare(units, trace, menu, before * 1.05), trace, menu)
+        trials = Trials(spare(units, trace, menu, Limits(trace, menu), before * 1.05), trace, menu)
         assert trials.time <= before * 1.05
         assert sum(unit.stop - unit.start for unit in trials.units) == len(trace.tensors)
         left = sum(unit.numel for unit in trials.units if unit.option.compresses)

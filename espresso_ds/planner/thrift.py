@@ -1,11 +1,19 @@
-"""Thrift: time that nobody notices is given for fewer elements that anything is cut from. Not in the paper."""
+"""Thrift: time that nobody notices is given for gradients that lose less. Not in the paper.
+
+What a plan loses is the sum over its elements of the relative error of their codecs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..core.profile import ModelTrace
+from .limits import Limits
 from .menu import Menu
 from .timeline import Unit
 from .trials import Trials
@@ -14,27 +22,48 @@ CUTS = 12
 """In how many places a unit is cut at most, to leave one part uncompressed."""
 
 
-def spare(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limit_s: float) -> list[Unit]:
-    """Send elements uncompressed again while F(S) stays at most `limit_s`: whole units first, then parts of units."""
-    kept = _whole(units, trace, menu, limit_s)
+def spare(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limits: Limits, limit_s: float) -> list[Unit]:
+    """Lose less of the gradients while F(S) stays at most `limit_s`: whole units first, then parts of units."""
+    kept = _whole(units, trace, menu, limits, limit_s)
     while (cut := _cut_one(kept, trace, menu, limit_s)) is not None:
-        kept = _whole(cut, trace, menu, limit_s)  # a cut may have made the plan faster
+        kept = _whole(cut, trace, menu, limits, limit_s)  # a cut may have made the plan faster
     return kept
 
 
-def _whole(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limit_s: float) -> list[Unit]:
-    """Whole units in the order of what compression saves for their size, least first, so that the time goes as far as it can."""
+class _Offer(NamedTuple):
+    """A choice for one unit that loses less than its present one, and the seconds that this costs for each element's worth."""
+
+    price: float
+    place: int
+    choice: int
+
+
+def _whole(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limits: Limits, limit_s: float) -> list[Unit]:
+    """Whole units, cheapest first, so that the time goes as far as it can: uncompressed, or with a codec that loses less."""
     trials = Trials(units, trace, menu)
-    compressed = [place for place in trials.places if trials.at(place).option.compresses]
-    price = {
-        place: (trials.best(place, menu.uncompressed, float("inf"))[0] - trials.time) / trials.at(place).numel
-        for place in compressed
-    }
-    for place in sorted(compressed, key=price.__getitem__):
-        _, choice = trials.best(place, menu.uncompressed, below=limit_s)
-        if choice >= 0:
-            trials.replace(place, choice)
+    losses = np.array([menu.costs.codecs[c.codec].relative_error if c.option.compresses else 0.0 for c in menu.choices])
+    while offers := sorted(_offers(trials, menu, limits, losses, limit_s)):
+        changed: set[int] = set()
+        for _, place, choice in offers:
+            if place not in changed and trials.time_with(place, choice, limit_s) <= limit_s:
+                trials.replace(place, choice)
+                changed.add(place)
     return trials.units
+
+
+def _offers(trials: Trials, menu: Menu, limits: Limits, losses: NDArray[np.float64], limit_s: float) -> Iterator[_Offer]:
+    """For each compressed unit the fastest choice of each smaller loss that keeps the limit."""
+    for place in trials.places:
+        unit, loss = trials.at(place), losses[trials.choice(place)]
+        if not unit.option.compresses:
+            continue
+        choices = np.union1d(menu.uncompressed, limits.allowed(trials, place, menu.front(unit.numel))).astype(np.int32)
+        for less in np.unique(losses[choices]):
+            if less >= loss:
+                break
+            seconds, choice = trials.best(place, choices[losses[choices] == less], below=limit_s)
+            if choice >= 0:
+                yield _Offer((seconds - trials.time) / (unit.numel * (loss - less)), place, choice)
 
 
 def _cut_one(units: list[Unit], trace: ModelTrace, menu: Menu, limit_s: float) -> list[Unit] | None:
