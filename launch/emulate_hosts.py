@@ -12,8 +12,9 @@ PID namespace that the hosts share. No namespace has a name under /run/netns and
 removes everything with the last process, and every process with process 1.
 
 Every host sees the machine's files (a shared file system, as on most clusters) except for what a real host has to itself: its
-name, /etc/hosts, /dev/shm, /sys (without its submounts, such as cgroups) and loopback. Process ids are common to all hosts. The
-links have a rate and no latency of their own. Nothing here imports outside the standard library.
+name, /etc/hosts, /dev/shm, /sys (without its submounts, such as cgroups), loopback, and the directories that were asked to be
+private: host0 has the machine's, every other host an empty one of its own. Process ids are common to all hosts. The links have a
+rate and no latency of their own. Nothing here imports outside the standard library.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Cluster:
         rate: rate of every host's link in bit/s and in each direction; None leaves the links unshaped.
         env: environment that a login on any of the hosts starts with.
         directory: working directory that a login on any of the hosts starts in.
+        private: absolute paths of directories that host0 alone has; on the others they are empty.
     """
 
     hosts: int
@@ -60,6 +62,7 @@ class Cluster:
     rate: float | None
     env: Mapping[str, str]
     directory: str
+    private: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -136,8 +139,8 @@ def _ipv4_only() -> None:
         _attempt("turn IPv6 off", MOUNTS_CURE, switch.write_text, "1")
 
 
-def _furnish(name: str) -> None:
-    """Give the calling process a host of its own: namespaces, name, /dev/shm, /etc/hosts, /sys."""
+def _furnish(name: str, empty: Sequence[str]) -> None:
+    """Give the calling process a host of its own: namespaces, name, /dev/shm, /etc/hosts, /sys, and `empty` directories."""
     _attempt("make a host's namespaces", LIMITS_CURE, kernel.unshare, OF_A_HOST)
     _ipv4_only()
     socket.sethostname(name)
@@ -148,6 +151,8 @@ def _furnish(name: str) -> None:
     _attempt("mount the cluster's files", MOUNTS_CURE, kernel.mount, f"/proc/self/fd/{shared}", str(SHARED), None, kernel.MS_BIND)
     os.close(shared)
     _attempt("replace /etc/hosts", MOUNTS_CURE, kernel.mount, str(SHARED / "hosts"), "/etc/hosts", None, kernel.MS_BIND)
+    for directory in empty:
+        _attempt(f"mount an empty {directory}", MOUNTS_CURE, kernel.mount, "tmpfs", directory, "tmpfs")
     try:
         kernel.mount("sysfs", "/sys", "sysfs", kernel.MS_RDONLY)
     except OSError as error:
@@ -155,11 +160,11 @@ def _furnish(name: str) -> None:
         print(note, file=sys.stderr, flush=True)
 
 
-def _hold(name: str, writer: int) -> None:
+def _hold(name: str, empty: Sequence[str], writer: int) -> None:
     """Be host `name` until killed; says on the pipe `writer` whether that worked."""
     message = "ready"
     try:
-        _furnish(name)
+        _furnish(name, empty)
     except (Missing, OSError) as error:
         message = str(error)
     os.write(writer, message.encode())
@@ -169,14 +174,14 @@ def _hold(name: str, writer: int) -> None:
         signal.pause()
 
 
-def _start_holder(name: str) -> int:
+def _start_holder(name: str, empty: Sequence[str]) -> int:
     """Fork the process that keeps host `name` alive; returns its process id once the host is furnished. Raises Missing."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             os.close(reader)
-            _hold(name, writer)
+            _hold(name, empty, writer)
         finally:  # this copy of the program must never run on as process 1
             os._exit(1)
     os.close(writer)
@@ -225,7 +230,7 @@ def build(cluster: Cluster) -> dict[str, int]:
     _attempt("mount /dev/shm", MOUNTS_CURE, kernel.mount, "tmpfs", "/dev/shm", "tmpfs")
     _ipv4_only()
     _write_shared(cluster)
-    holders = {name: _start_holder(name) for name in cluster.names}
+    holders = {name: _start_holder(name, cluster.private if index else ()) for index, name in enumerate(cluster.names)}
     _wire(cluster, list(holders.values()))
     _check_names(cluster, holders["host0"])
     STATE.write_text(json.dumps({"holders": holders, "env": dict(cluster.env), "directory": cluster.directory}))

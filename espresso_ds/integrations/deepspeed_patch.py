@@ -1,13 +1,14 @@
 """What changes in DeepSpeed when it is imported: its launcher learns `--espresso_config`, and `initialize` applies the plan.
 
-Two places, both public: `deepspeed.launcher.runner.parse_args` and `deepspeed.initialize`. Standard library only, since every
-process that imports deepspeed comes through here; all else is imported when a plan is there.
+Three places, all public: `deepspeed.launcher.runner.parse_args`, `MultiNodeRunner.add_export` and `deepspeed.initialize`.
+Standard library only, since every process that imports deepspeed comes through here; all else is imported when a plan is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import shlex
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,8 +24,7 @@ def imported(module: ModuleType) -> None:
     """Called once for each watched module, right after it has been executed."""
     if module.__name__ == _LAUNCHER:
         module.parse_args = _with_flag(module.parse_args)
-        if ENV_PREFIX not in module.EXPORT_ENVS:
-            module.EXPORT_ENVS.append(ENV_PREFIX)  # a list of prefixes of variables that reach the other hosts
+        _export_ours(module)
     elif module.__name__ == "deepspeed":
         module.initialize = _with_plan(module.initialize)
         if _is_launcher_main():
@@ -70,9 +70,29 @@ def _export_plan(parsed: argparse.Namespace) -> None:
     from .plan_source import export_plan
 
     try:
-        export_plan(parsed.espresso_config)
+        export_plan(parsed.espresso_config, parsed.launcher.lower())
     except EspressoError as error:
         sys.exit(f"espresso: {error}")
+
+
+def _export_ours(launcher: ModuleType) -> None:
+    """Let our variables reach the other hosts as they are: DeepSpeed quotes values, and only pdsh's shell removes the quotes."""
+    if ENV_PREFIX in launcher.EXPORT_ENVS:
+        return
+    launcher.EXPORT_ENVS.append(ENV_PREFIX)  # a list of prefixes of names
+    runner = sys.modules["deepspeed.launcher.multinode_runner"].MultiNodeRunner
+    original = runner.add_export
+
+    @functools.wraps(original)
+    def add_export(self: Any, key: str, value: str) -> None:
+        if not key.startswith(ENV_PREFIX):
+            original(self, key, value)
+        elif self.name == "pdsh":
+            self.exports[key] = shlex.quote(value).replace("%", "%%")  # pdsh replaces %h, %n and the like by the host's
+        elif self.name != "slurm":  # srun --export=ALL,... brings the whole environment, and would split a value at its commas
+            self.exports[key] = value
+
+    runner.add_export = add_export
 
 
 def _is_launcher_main() -> bool:
@@ -91,9 +111,7 @@ def _patch_main_launcher() -> None:
         add_flag(parser)
         parsed = original(parser, *args, **kwargs)
         _export_plan(parsed)
-        main = sys.modules["__main__"]
-        if ENV_PREFIX not in main.EXPORT_ENVS:
-            main.EXPORT_ENVS.append(ENV_PREFIX)
+        _export_ours(sys.modules["__main__"])
         return parsed
 
     argparse.ArgumentParser.parse_args = parse_args

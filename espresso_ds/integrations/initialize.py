@@ -8,7 +8,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .plan_source import DISABLE_ENV, PATH_ENV, PLAN_ENV, Source
+from torch.distributed.constants import default_pg_timeout
+
+from ..core.errors import EspressoError
+from . import plan_source
+from .plan_source import DISABLE_ENV, Absent, Source
 
 TRACE_ENV = "ESPRESSO_TRACE_OUT"
 TRACE_CONFIG_ENV = "ESPRESSO_TRACE_CONFIG"
@@ -17,7 +21,7 @@ BLOCK = "espresso"
 
 def wanted(initialize: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether this call has a plan, a block or a tracer. If not, DeepSpeed must run as if we did not exist."""
-    if os.environ.get(TRACE_ENV) or os.environ.get(PLAN_ENV) or os.environ.get(PATH_ENV):
+    if os.environ.get(TRACE_ENV) or plan_source.named_by_env():
         return True
     config, _ = _script_config(_bound(initialize, args, kwargs))
     return config is not None and BLOCK in config
@@ -29,39 +33,70 @@ def initialize_with_plan(initialize: Callable[..., Any], args: tuple, kwargs: Ma
     Raises:
         EspressoError: the same one on every rank, before the first step.
     """
-    from ..core.errors import EspressoError, FileError
-    from . import plan_source
-
     call = _bound(initialize, args, kwargs)
+    if os.environ.get(TRACE_ENV):
+        return _traced(initialize, call)
     config, where = _script_config(call)
     source: Source | None = None
-    fault: EspressoError | None = None
-    tracing = bool(os.environ.get(TRACE_ENV))
-    if tracing:
-        if config is None and os.environ.get(TRACE_CONFIG_ENV):
-            config = call.arguments["config"] = os.environ[TRACE_CONFIG_ENV]
-    else:
-        try:
-            source = plan_source.choose(plan_source.from_env(), config, where)
-        except EspressoError as error:
-            fault = error  # raised after initialize, where all ranks can hear of it
     if config is None:
-        if source is None:
-            raise fault or FileError("no DeepSpeed config: give one to deepspeed.initialize, or a plan with --espresso_config")
+        _join(call)
+        source = find_plan(None, where)  # the plan is the config
         call.arguments["config"] = dict(source.ds_config)
     result = initialize(*call.args, **call.kwargs)
-    engine = result[0]
-    if tracing:
-        from .tracer import attach_tracer
-
-        attach_tracer(engine)
-    elif _disabled(config):
+    if _disabled(config if source is None else source.ds_config):
         print("espresso: disabled by the user: DeepSpeed runs as if there were no plan", file=sys.stderr, flush=True)
-    elif source is not None or fault is not None:
-        from .engine import attach_plan
+        return result
+    from .engine import attach_plan
 
-        attach_plan(engine, source, fault)
+    fault: EspressoError | None = None
+    if config is not None:
+        source = find_plan(config, where)
+        try:
+            plan_source.check_against_config(source, config, where)
+        except EspressoError as error:
+            fault = error
+    attach_plan(result[0], source, fault)
     return result
+
+
+def _traced(initialize: Callable[..., Any], call: inspect.BoundArguments) -> Any:
+    config, _ = _script_config(call)
+    if config is None and os.environ.get(TRACE_CONFIG_ENV):
+        call.arguments["config"] = os.environ[TRACE_CONFIG_ENV]
+    result = initialize(*call.args, **call.kwargs)
+    from .tracer import attach_tracer
+
+    attach_tracer(result[0])
+    return result
+
+
+def _join(call: inspect.BoundArguments) -> None:
+    """Join the process group as `deepspeed.initialize` is about to, unless the script has done so."""
+    from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
+
+    given = {name: call.arguments[name] for name in ("distributed_port", "dist_init_required") if name in call.arguments}
+    comm.init_distributed(dist_backend=get_accelerator().communication_backend_name(), **given)
+
+
+def find_plan(config: dict[str, Any] | None, where: str) -> Source:
+    """The run's plan: the environment's, else that of the script's config. Collective over all ranks that were told of a plan.
+
+    Raises:
+        EspressoError: the same one on every rank.
+    """
+    from .engine import MEETING_S
+    from .plan_sharing import share
+
+    own: Source | Absent = Absent("no plan")
+    fault: EspressoError | None = None
+    try:
+        own = plan_source.from_env() or plan_source.from_config(config, where) or own
+    except EspressoError as error:
+        fault = error
+    if config is None:  # ranks may come late: no collective call of DeepSpeed was before this one
+        return share(own, fault, default_pg_timeout.total_seconds())
+    return share(own, fault, own.block.timeout_s if isinstance(own, Source) else MEETING_S)
 
 
 def _disabled(config: dict[str, Any] | None) -> bool:

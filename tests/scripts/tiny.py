@@ -1,7 +1,12 @@
-"""An ordinary DeepSpeed script; `--forget PLAN` removes a plan file first, as if this host had never seen it."""
+"""An ordinary DeepSpeed script; `--forget PLAN` removes a plan file first, as if this host had never seen it.
+
+With `--tell FILE` each rank says where it runs, which plan it follows, whether FILE is there and what ESPRESSO_NOTE brought.
+"""
 
 import argparse
+import json
 import os
+import socket
 
 import deepspeed
 import torch
@@ -9,6 +14,7 @@ import torch.distributed as dist
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--forget")
+parser.add_argument("--tell")
 parser.add_argument("--steps", type=int, default=4)
 parser.add_argument("--local_rank", type=int, default=-1)
 args = deepspeed.add_config_arguments(parser).parse_args()
@@ -29,6 +35,16 @@ for _ in range(args.steps):
 weights = [None] * dist.get_world_size()
 dist.all_gather_object(weights, sum(p.double().sum().item() for p in engine.module.parameters()))
 assert len(set(weights)) == 1, weights
+if args.tell:
+    told = {
+        "rank": dist.get_rank(),
+        "host": socket.gethostname(),
+        "seal": engine.espresso.plan.seal,
+        "file": os.path.exists(args.tell),
+        "note": os.environ.get("ESPRESSO_NOTE"),
+        "weights": weights[dist.get_rank()],
+    }
+    print(f"told {json.dumps(told)}\n", end="", flush=True)
 if dist.get_rank() == 0:
     print("trained", dist.get_world_size(), "ranks; plan:", hasattr(engine, "espresso"), flush=True)
 dist.destroy_process_group()
