@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ..core.errors import FileError
 from ..core.profile import ModelTrace
+from ..profiler.mpi_world import SRUN
+from .as_rank import rank_variables
 from .job import Report, Reporter, run_job
-from .launching import add_cluster_arguments, add_launch_arguments, script_command
+from .launching import add_cluster_arguments, add_launch_arguments, go_on_in_place, one_of_many, script_command
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -31,6 +33,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trace and write the file."""
+    if not args.hf_model and (found := one_of_many(args)):
+        _check_script(args)
+        addresses = rank_variables(os.environ) if found.by == SRUN else {}
+        go_on_in_place(found, ["-u", *args.script], {**_environment(args, args.out), **addresses})
     if args.hf_model:
         from ..integrations.hf_trace import trace_hf_model
 
@@ -50,25 +56,31 @@ def trace_script(args: argparse.Namespace, out: Path, report: Report) -> ModelTr
         FileError: no script is given, or it ended before the tracer had its steps.
         JobError: the script failed.
     """
-    if not args.script:
-        raise FileError("which script? give it and its arguments last: `espresso trace [options] train.py ARGS`")
-    if args.steps < 1:
-        raise FileError(f"--steps {args.steps}: time at least one step")
+    _check_script(args)
     out.unlink(missing_ok=True)
     log = out.with_suffix(".log")
-    env = {"ESPRESSO_TRACE_OUT": str(out.resolve()), "ESPRESSO_TRACE_STEPS": str(args.steps)}
-    if args.ds_config is not None:
-        env["ESPRESSO_TRACE_CONFIG"] = str(args.ds_config.resolve())
-    for name in ("ESPRESSO_PLAN", "ESPRESSO_CONFIG"):
-        if name in os.environ:
-            env[name] = ""
-    run_job(script_command(args, args.script), log, report, env, args.timeout)
+    run_job(script_command(args, args.script), log, report, _environment(args, out), args.timeout)
     if not out.exists():
         raise FileError(
             f"the script ended without {args.steps + 3} optimizer steps on a DeepSpeed engine; "
             f"train longer, or lower --steps; its output is in {log}"
         )
     return ModelTrace.load(out)
+
+
+def _check_script(args: argparse.Namespace) -> None:
+    if not args.script:
+        raise FileError("which script? give it and its arguments last: `espresso trace [options] train.py ARGS`")
+    if args.steps < 1:
+        raise FileError(f"--steps {args.steps}: time at least one step")
+
+
+def _environment(args: argparse.Namespace, out: Path) -> dict[str, str]:
+    """What tells the tracer in every rank what to do; a plan that the user's shell names is not run."""
+    env = {"ESPRESSO_TRACE_OUT": str(out.resolve()), "ESPRESSO_TRACE_STEPS": str(args.steps)}
+    if args.ds_config is not None:
+        env["ESPRESSO_TRACE_CONFIG"] = str(args.ds_config.resolve())
+    return env | {name: "" for name in ("ESPRESSO_PLAN_HASH", "ESPRESSO_CONFIG") if name in os.environ}
 
 
 def describe(trace: ModelTrace) -> str:
