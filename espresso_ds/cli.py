@@ -9,7 +9,7 @@ import sys
 from . import __version__
 from .core.errors import EspressoError
 
-COMMANDS = ("prepare", "profile", "trace", "plan", "explain", "compare", "what_if", "doctor")
+COMMANDS = ("prepare", "profile", "trace", "plan", "explain", "compare", "replan", "what_if", "bench", "doctor")
 """Modules of `espresso_ds.commands`, each with an `add_parser`."""
 
 

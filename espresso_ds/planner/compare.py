@@ -100,17 +100,7 @@ def compare(plan: Plan, run: RunTrace, plan_name: str, run_name: str) -> Compari
         FileError: the plan holds no prediction for its units, or the run no whole step or not all units.
     """
     predicted = _prediction(plan, plan_name)
-    if run.plan != plan.seal:
-        raise MismatchError(
-            f"{run_name} was recorded under the plan with seal {run.plan}, {plan_name} has seal {plan.seal}; "
-            "give the plan that ran, or record a run of this one"
-        )
-    if [(unit.unit, unit.option, unit.numel) for unit in run.units] != [
-        (unit.unit, unit.option, unit.numel) for unit in run_units(plan)
-    ]:
-        raise FileError(f"{run_name}: its units are not those of {plan_name}, whose seal it has; record it again")
-    if not run.steps:
-        raise FileError(f"{run_name}: holds no whole step; train for two steps or more, the first only sets the clock")
+    check_run(plan, run, plan_name, run_name)
     groups = plan.units()
     taken = [_ways(run, step, len(groups), run_name) for step in run.steps]
     units = [
@@ -132,6 +122,21 @@ def compare(plan: Plan, run: RunTrace, plan_name: str, run_name: str) -> Compari
         copies_s=sum(unit.copies_s for unit in units),
         units=tuple(sorted(units, key=lambda unit: -abs(unit.work.difference_s))),
     )
+
+
+def check_run(plan: Plan, run: RunTrace, plan_name: str, run_name: str) -> None:
+    """Raise MismatchError or FileError unless the run had this plan and holds a whole step."""
+    if run.plan != plan.seal:
+        raise MismatchError(
+            f"{run_name} was recorded under the plan with seal {run.plan}, {plan_name} has seal {plan.seal}; "
+            "give the plan that ran, or record a run of this one"
+        )
+    if [(unit.unit, unit.option, unit.numel) for unit in run.units] != [
+        (unit.unit, unit.option, unit.numel) for unit in run_units(plan)
+    ]:
+        raise FileError(f"{run_name}: its units are not those of {plan_name}, whose seal it has; record it again")
+    if not run.steps:
+        raise FileError(f"{run_name}: holds no whole step; train for two steps or more, the first only sets the clock")
 
 
 def _prediction(plan: Plan, name: str) -> StepPrediction:

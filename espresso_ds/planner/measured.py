@@ -40,7 +40,7 @@ def at_work(run: RunTrace, step: RunStep) -> list[Work]:
         if span.action < 0 and span.action not in COPIES:
             continue
         at = Device.CPU if run.device == "cpu" else Device.GPU
-        resource = _resource(at if span.action < 0 else options[span.unit].actions[span.action].at, run.nodes)
+        resource = resource_of(at if span.action < 0 else options[span.unit].actions[span.action].at, run.nodes)
         start = span.start_s
         if resource in busy_until:
             start = min(max(start, busy_until[resource]), span.end_s)
@@ -49,8 +49,8 @@ def at_work(run: RunTrace, step: RunStep) -> list[Work]:
     return found
 
 
-def _resource(at: Device | Level, nodes: int) -> Resource:
-    """As in the model: flat routines occupy the link between nodes, where there are several."""
+def resource_of(at: Device | Level, nodes: int) -> Resource:
+    """What an action at a place occupies. Flat routines occupy the link between nodes, where there are several."""
     if isinstance(at, Device):
         return Resource.CPU if at is Device.CPU else Resource.COMPUTE
     return Resource.INTRA if at is Level.INTRA or nodes == 1 else Resource.INTER
@@ -80,7 +80,7 @@ def measured_timeline(run: RunTrace, step: RunStep) -> Timeline:
         for unit, action, resource, start, end in at_work(run, step)
     ]
     model = partial(Span, Resource.COMPUTE, unit=-1, name="")
-    backward = _backward(step)
+    backward = backward_of(step)
     if backward is None:
         spans.append(model(start_s=0.0, end_s=flush.start_s, action="model"))
     else:
@@ -91,7 +91,8 @@ def measured_timeline(run: RunTrace, step: RunStep) -> Timeline:
     return Timeline(tuple(spans), flush.start_s, flush.end_s, flush.end_s, ready)
 
 
-def _backward(step: RunStep) -> RunSpan | None:
+def backward_of(step: RunStep) -> RunSpan | None:
+    """The backward whose gradients were synchronised; None where its start is not known."""
     return next((span for span in step.spans if span.action == Mark.BACKWARD), None)
 
 
