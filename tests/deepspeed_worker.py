@@ -8,6 +8,8 @@ import io
 import json
 import os
 import sys
+import tempfile
+import time
 import traceback
 from types import SimpleNamespace
 
@@ -16,10 +18,13 @@ import torch
 import torch.distributed as dist
 from plans import IDENTITY, plan_for, with_plan
 
-from espresso_ds.core.config import CompressorSettings
+from espresso_ds.compressors.topk import TopK
+from espresso_ds.core.config import CompressorSettings, GuardSettings
 from espresso_ds.core.errors import EspressoError
+from espresso_ds.core.run_trace import Mark, RunTrace
 from espresso_ds.integrations import engine_facts
-from espresso_ds.integrations.engine_facts import timing_config
+from espresso_ds.integrations.engine_facts import cluster_kind, timing_config
+from espresso_ds.runtime.plain import Plain
 
 STEPS = 20
 WIDTH = 48
@@ -109,11 +114,11 @@ def planned(config, plan_arguments, **arguments):
         engine.espresso.detach()
 
 
-def planned_engine(config, plan_arguments, **arguments):
+def planned_engine(config, plan_arguments, guard=False, **arguments):
     bare = engine_for(config, **arguments)
     dtype = "bfloat16" if "bf16" in config else "float16" if "fp16" in config else "float32"
     plan = plan_for(bare.module, timing_config(bare), **shape(), dtype=dtype, **plan_arguments)
-    return engine_for(with_plan(config, plan, timeout_s=60), **arguments)
+    return engine_for(with_plan(config, plan, timeout_s=60, guard=GuardSettings(enabled=guard)), **arguments)
 
 
 FP16 = {"enabled": True, "loss_scale_window": 4, "hysteresis": 1}
@@ -225,6 +230,81 @@ def two_codecs():
     return {"losses": losses, "checksum": checksum, "sites": sites, "said": said.getvalue()}
 
 
+GUARDED = {
+    "slow codec": (ds_config(gradient_accumulation_steps=2), (TopK, "encode", 0.02), (TOPK,)),
+    "slow codec, fp16": (ds_config(fp16=FP16), (TopK, "encode", 0.02), (TOPK,)),
+    "slow wire": (ds_config(), (Plain, "run", 0.06), (TOPK,)),
+    "momentum": (ds_config(), (Plain, "run", 0.06), (CompressorSettings(name="dgc", density=0.1, feedback="dgc"),)),
+}
+
+
+def slowed(work, seconds):
+    """A test double that takes so much more."""
+
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return work(*args, **kwargs)
+
+    return slow
+
+
+def guarded():
+    """The guard where one of both ways is made slow: what it says, what it leaves, and which steps the run trace has."""
+    results = {}
+    for name, (config, (owner, method, seconds), compressors) in GUARDED.items():
+        original = getattr(owner, method)
+        setattr(owner, method, slowed(original, seconds))
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                engine = planned_engine(config, {"option": DIVIDED, "compressors": compressors, "fuse": 6}, guard=True)
+                losses, checksum = train(engine)
+            with tempfile.TemporaryDirectory() as folder:
+                engine.espresso.save_trace(f"{folder}/run.json")
+                run = RunTrace.load(f"{folder}/run.json")
+        finally:
+            setattr(owner, method, original)
+            engine.espresso.detach()
+        outcome, (memory,) = engine.espresso.guard, engine.espresso.feedback
+        results[name] = {
+            "losses": losses,
+            "checksum": checksum,
+            "said": said.getvalue(),
+            "dropped": None if outcome is None else sorted(outcome.dropped),
+            "step": None if outcome is None else outcome.step,
+            "bytes": memory.nbytes,
+            "buffers": engine.espresso.buffer_nbytes - engine.espresso.recorder.nbytes,
+            "steps": [step.step for step in run.steps],
+            "backward": all(
+                step.whole(Mark.BACKWARD).start_s < step.whole(Mark.BACKWARD).end_s == step.whole(Mark.FLUSH).start_s
+                for step in run.steps
+            ),
+        }
+    return results
+
+
+def guard_switches():
+    """By the environment, over what the block says; and what is no switch, or stands on one rank only."""
+    told = {}
+    for value, block in (("0", True), ("1", False), ("", True), ("off", True)):
+        os.environ["ESPRESSO_GUARD"] = value
+        told[f"{value} {block}"] = _guard_of({"option": DIVIDED, "compressors": (TOPK,)}, block)
+    os.environ["ESPRESSO_GUARD"] = str(dist.get_rank())
+    told["ranks differ"] = _guard_of({"option": DIVIDED, "compressors": (TOPK,)}, True)
+    del os.environ["ESPRESSO_GUARD"]
+    told["nothing compressed"] = _guard_of({}, True)
+    return told
+
+
+def _guard_of(plan_arguments, block):
+    try:
+        engine = planned_engine(ds_config(), plan_arguments, guard=block)
+    except EspressoError as error:
+        return str(error)
+    engine.espresso.detach()
+    return engine.espresso.guarding is not None
+
+
 def without_block():
     """A block that is switched off, and no block: the engine is DeepSpeed's own."""
     plain = engine_for(ds_config())
@@ -247,6 +327,9 @@ def failures():
 
     good = plan()
     tensors = good.tensors
+    here = cluster_kind(bare)
+    larger = here.model_copy(update={"hosts": tuple(h.model_copy(update={"cores": h.cores + 62}) for h in here.hosts)})
+    kept = {kind: good.made_for.model_copy(update={"cluster": kind}) for kind in (here, larger)}
     ghost = tensors[0].model_copy(update={"name": "ghost", "unit": tensors[-1].unit + 1})
     attempts = {
         "no plan": {**ds_config(), "espresso": {"compressor": {"name": "topk"}}},
@@ -266,13 +349,18 @@ def failures():
         "ranks differ": with_plan(ds_config(), plan(compressors=(CompressorSettings(name="identity", seed=rank),))),
         "one rank torn": with_plan(ds_config(), good) if rank else edited({"made_by": "someone"}, seal=False),
         "newer schema": with_plan(ds_config(), good),
+        "same cluster": edited({"made_for": kept[here]}),
+        "another cluster": edited({"made_for": kept[larger]}),
+        "any cluster": edited({"made_for": kept[larger]}),
     }
+    attempts["any cluster"]["espresso"]["any_cluster"] = True
     attempts["newer schema"]["espresso"]["plan"]["schema_version"] = 99
     messages = {}
     for name, config in attempts.items():
         try:
-            engine_for(config)
+            engine = engine_for(config)
             messages[name] = "no error"
+            engine.espresso.detach()
         except EspressoError as error:
             messages[name] = f"{type(error).__name__}: {error}"
     return messages
@@ -304,14 +392,14 @@ def refire():
         engine.espresso.detach()
 
 
+CASES = (equality, compressed, low_rank, overflow, two_codecs, guarded, guard_switches, without_block, failures, refire, alone)
+
+
 def main():
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     engine_facts.socket = SimpleNamespace(gethostname=lambda: f"host{dist.get_rank() // 2}")
-    mine = {
-        case.__name__: case()
-        for case in (equality, compressed, low_rank, overflow, two_codecs, without_block, failures, refire, alone)
-    }
+    mine = {case.__name__: case() for case in CASES}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:

@@ -1,6 +1,6 @@
 """Plans made by hand for small models, without profiles."""
 
-from espresso_ds.core.config import CompressorSettings, EspressoBlock
+from espresso_ds.core.config import CompressorSettings, EspressoBlock, GuardSettings
 from espresso_ds.core.plan import BLOCK, MadeFor, Plan, Prediction, TensorDecision
 from espresso_ds.core.profile import model_fingerprint
 
@@ -47,7 +47,10 @@ def plan_for(model, config, *, nodes=1, ranks=2, option="AR.flat", compressors=(
 
 
 def with_plan(ds_config, plan, **block) -> dict:
-    """The DeepSpeed config with the plan in its espresso block, as JSON would give it."""
+    """The DeepSpeed config with the plan in its espresso block, as JSON would give it. No guard, unless one is asked for: what it
+    drops depends on times.
+    """
     first, *others = plan.compressors
+    block = {"guard": GuardSettings(enabled=False), **block}
     written = EspressoBlock(compressor=first, alternatives=others, plan=plan.model_dump(mode="json"), **block)
     return {**ds_config, BLOCK: written.model_dump(mode="json", exclude_none=True)}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 from jobs import TESTS, run, torchrun
@@ -27,6 +28,9 @@ EXPECTED_FAILURES = {
     "ranks differ": "ranks disagree: rank 0 has plan seal",
     "one rank torn": "rank 0: ",
     "newer schema": "schema_version 99",
+    "same cluster": "no error",
+    "another cluster": f"another kind of cluster than this run's: cores {os.cpu_count() + 62} -> {os.cpu_count()}; ",
+    "any cluster": "no error",
 }
 
 
@@ -87,6 +91,39 @@ def test_two_codecs_in_one_plan(told):
     assert len({result["checksum"] for result in results}) == 1
     assert all(result["sites"] == {"ef": ["last.bias (+2)/0/0", "odd.bias (+2)/0/0"], "none": []} for result in results)
     assert "tensors compressed (6 with topk density=0.1, error feedback; 5 with bf16, no error feedback)" in results[0]["said"]
+
+
+def test_the_guard_drops_what_does_not_pay_and_keeps_what_does(told):
+    """Two units; made slow is what they do as planned, or what they would do uncompressed."""
+    for case, first in told[0]["guarded"].items():
+        results = [rank["guarded"][case] for rank in told]
+        assert all(map(math.isfinite, first["losses"])), case
+        assert len({(result["checksum"], str(result["dropped"]), result["step"]) for result in results}) == 1, case
+        assert all(result["said"] == "" for result in results[1:])
+        assert all(result["backward"] for result in results), case
+        if "codec" in case:
+            assert first["dropped"] == [0, 1] and "the plan does not pay here and is dropped" in first["said"], first["said"]
+            assert f"goes uncompressed from step {first['step'] + 1} on" in first["said"]
+            assert all(result["bytes"] == 0 for result in results)  # what was kept back has been sent
+            assert max(first["steps"]) < first["step"] <= 16  # the run trace has planned steps only
+        elif case == "slow wire":
+            assert first["dropped"] == [] and ": the plan stays\n" in first["said"], first["said"]
+            assert all(result["bytes"] > 0 for result in results)
+            assert 0 < 16 - len(first["steps"]) <= 4 and first["steps"][-1] == 19  # of the last 16, all that went as planned
+        else:
+            assert first["dropped"] is None and "espresso: guard: off, since" in first["said"], first["said"]
+        assert first["said"].count("espresso: guard: ") == 1 and first["steps"]
+
+
+def test_how_the_guard_is_switched_off(told):
+    for rank in told:
+        switches = rank["guard_switches"]
+        assert [switches[case] for case in ("0 True", "1 False", " True", "nothing compressed")] == [False, True, True, False]
+        assert "ESPRESSO_GUARD=off: 0 switches the guard off" in switches["off True"]
+        if len(told) == 2:
+            assert "ranks disagree: rank 0 has guard = off" in switches["ranks differ"]
+        else:  # ranks have 2 and 3 for it
+            assert "rank 2: ESPRESSO_GUARD=2: 0 switches" in switches["ranks differ"]
 
 
 def test_nothing_is_attached_without_a_plan(told):

@@ -53,6 +53,13 @@ class Constraints(Record):
     residual_bytes: NonNegativeInt | None = Field(None, description="most memory of one rank for error feedback")
 
 
+class GuardSettings(Record):
+    """The first steps of a run, in which the plan is measured against sending everything uncompressed."""
+
+    enabled: bool = Field(True, description="measure, and drop what does not pay")
+    steps: int = Field(16, ge=8, description="most optimizer steps that measuring takes, warm-up included")
+
+
 class EspressoBlock(Record):
     """The block without its plan. `plan`, written by `espresso plan`, is kept raw here and read by `core.plan`."""
 
@@ -71,7 +78,9 @@ class EspressoBlock(Record):
         le=1,
         description="share of the step given for leaving uncompressed what compression helps least",
     )
+    guard: GuardSettings = GuardSettings()
     timeout_s: PositiveFloat = Field(600.0, description="deadline of every wait for other ranks")
+    any_cluster: bool = Field(False, description="train on other hosts, networks or backends than the plan was made for")
     plan: dict | None = None
 
     @model_validator(mode="before")

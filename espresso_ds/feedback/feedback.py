@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -132,6 +132,29 @@ class Feedback:
             (held,), (left,) = self._memory.turn(site, names, out)
             torch.add(held, out, out=left)
             out.copy_(left)
+
+    def release(self, x: Tensor, site: str) -> None:
+        """Add to `x`, which goes out uncompressed, what `site` has not sent so far, and remember nothing of it once the step is
+        committed. Only "ef" has any: receivers of "ef21" need no estimate of what they get whole.
+
+        Args:
+            x: float32, shape (n,), contiguous; changed.
+            site: name of the place.
+
+        Raises:
+            MismatchError: as for `encode`.
+            UnsupportedError: "dgc", whose memory is the momentum of the optimizer.
+        """
+        if self.mode == "dgc":
+            raise UnsupportedError(f'{site}: uncompressed, it would go without the momentum that "feedback": "dgc" gives it')
+        if self.mode == "ef" and site in self._memory:
+            (residual,), (left,) = self._memory.turn(site, sender_memory("ef"), x)
+            x.add_(residual)
+            left.zero_()
+
+    def forget(self, sites: Iterable[str]) -> None:
+        """Give the memory of `sites` back, on all ranks at once. What they have not sent is lost, unless it was released."""
+        self._memory.forget(sites)
 
     def commit(self) -> None:
         """Keep what was remembered since the last commit: the optimizer has taken the step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -85,6 +85,28 @@ class LowRankMemory:
             return Turn(basis, basis_left)
         (error,), (error_left,) = self._errors.turn(site, ("residual",), x)
         return Turn(basis, basis_left, error, error_left)
+
+    def release(self, x: Tensor, site: str) -> None:
+        """Add the site's error to `x`, which goes out uncompressed, and remember no error once the step is committed.
+
+        Args:
+            x: float32, shape (layout.numel,), contiguous; changed.
+            site: name of the unit.
+
+        Raises:
+            MismatchError: as for `turn`.
+        """
+        if site in self._errors:
+            (error,), (left,) = self._errors.turn(site, ("residual",), x)
+            x.add_(error)
+            left.zero_()
+
+    def forget(self, sites: Iterable[str]) -> None:
+        """Give the memory of `sites` back, on all ranks at once."""
+        gone = list(sites)
+        self._errors.forget(gone)
+        self._bases.forget(gone)
+        self._started.difference_update(gone)
 
     def commit(self) -> None:
         """Keep what was remembered since the last commit: the optimizer has taken the step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,10 @@ class Memory:
         held, site.pending = site.newest, self.reversible
         return held, site.spare
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the site holds anything."""
+        return name in self._sites
+
     def commit(self) -> None:
         """Keep what was left since the last commit."""
         for site in self._sites.values():
@@ -103,6 +107,11 @@ class Memory:
             site.pending = False
             for tensor in site.now:
                 tensor.zero_()
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Give the memory of sites back; those that are not there are passed over."""
+        for name in names:
+            self._sites.pop(name, None)
 
     def replace(self, sites: dict[str, Site]) -> None:
         """Forget all sites and hold these instead."""

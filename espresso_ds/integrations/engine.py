@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from .. import __version__
 from ..compressors import registry
@@ -31,13 +31,16 @@ from ..feedback import Feedback
 from ..feedback.low_rank import LowRankMemory
 from ..runtime import groups, streams
 from ..runtime.agree import Agreement, meet
-from ..runtime.executor import Compressor, Executor, Unit, unfit
+from ..runtime.executor import Compressor, Executor, Unit, may_be_plain, unfit
+from ..runtime.guard import Outcome
 from ..runtime.lanes import Lanes
 from ..runtime.low_rank import LowRankCompressor
 from ..runtime.paths import Place
+from ..runtime.plain import PLAIN
 from ..runtime.synchroniser import Member, Scaling, Synchroniser
 from ..runtime.trace import Recorder, run_trace, wanted_path
-from .engine_facts import Layout, check_made_for, check_supported, layout, timing_config, trainable
+from .engine_facts import Layout, check_cluster, check_made_for, check_supported, cluster_kind, layout, timing_config, trainable
+from .guarding import Guarding, guard_wanted, tell
 from .plan_source import Source
 from .settling import precision_of, settle_after_steps
 
@@ -66,30 +69,35 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
         if source is None:
             raise FileError("this rank has no plan while others have one; launch with `deepspeed --espresso_config plan.json`")
         check_supported(engine)
+        wanted = guard_wanted(source.block.guard)
     agreement.settle()
     assert source is not None
-    hosts = layout()
+    hosts, kind = layout(), cluster_kind(engine)
     with agreement.collecting():
         check_made_for(source.plan, engine, hosts.nodes, hosts.ranks_per_node, source.where)
+        check_cluster(source.plan, kind, source.block.any_cluster, source.where)
         compressors = [_compressor(settings, engine) for settings in source.plan.compressors]
         _check_options(source.plan, compressors, timing_config(engine)["device"], hosts)
         trace_path = wanted_path(dist.get_rank())
-    agreement.settle(_items(engine, source))
-    engine.espresso = Attachment(engine, source, compressors, trace_path)
-    if dist.get_rank() == 0:
-        print(_banner(source, engine.espresso.buffer_nbytes), file=sys.stderr, flush=True)
+    agreement.settle(_items(engine, source) | {"guard": str(source.block.guard) if wanted else "off"})
+    engine.espresso = Attachment(engine, source, compressors, trace_path, control if wanted else None)
+    tell(_banner(source, engine.espresso.buffer_nbytes))
+    if wanted and engine.espresso.guarding is None and any(Option.parse(t.option).compresses for t in source.plan.tensors):
+        tell("guard: off, since uncompressed gradients would mean something else to the optimizer (DGC's momentum, signs)")
 
 
 class Attachment:
     """What `engine.espresso` holds: the running synchroniser and the way to take it off again (`detach`).
 
     `feedback` has the residuals: one memory for each of the plan's compressors. `recorder` has the spans of the last steps.
+    `guard` says what the guard found: None before its verdict, and where there is none.
 
     Args:
         engine: a DeepSpeedEngine for which the plan was checked.
         source: the plan and the block it stands in.
         compressors: one for each of the plan's.
         trace_path: where this rank's run trace goes in the end, if anywhere.
+        control: a gloo group of all ranks, for the guard; None to trust the plan.
     """
 
     def __init__(
@@ -98,6 +106,7 @@ class Attachment:
         source: Source,
         compressors: Sequence[Compressor | LowRankCompressor],
         trace_path: Path | None = None,
+        control: ProcessGroup | None = None,
     ) -> None:
         plan, timeout_s = source.plan, source.block.timeout_s
         parameters = trainable(engine)
@@ -105,15 +114,21 @@ class Attachment:
         units = _units(plan, parameters)
         chunks = [chunk for chunks, _ in units for chunk in chunks]
         place = Place(plan.made_for.nodes, plan.made_for.ranks_per_node, dist.get_rank())
-        self._groups = groups.make(place, {chunk.option for chunk in chunks}, dist.get_backend(), timeout_s)
+        guarded = control is not None and any(c.option.compresses and may_be_plain(compressors[c.codec]) for c in chunks)
+        options = {chunk.option for chunk in chunks} | ({PLAIN} if guarded else set())
+        self._groups = groups.make(place, options, dist.get_backend(), timeout_s)
         self.feedback = [compressor.feedback for compressor in compressors]
         steps = max(chunk.steps for chunk in chunks)
         wire_dtype = engine.communication_data_type
         self.recorder = Recorder(steps + 1, len(chunks))
-        self._executor = Executor(chunks, compressors, self._groups, wire_dtype, device, self.recorder)
+        self._executor = Executor(chunks, compressors, self._groups, wire_dtype, device, self.recorder, guarded=guarded)
         use_threads(device.type, place.ranks_per_node)
         self._lanes = Lanes(steps, timeout_s, functools.partial(streams.enter_lane, device))
         self.synchroniser = Synchroniser(units, self._executor, self._lanes, scaling_of(engine), wire_dtype, self.recorder)
+        self.guarding: Guarding | None = None
+        if control is not None and guarded:
+            measuring = self.synchroniser, self.recorder, control, timeout_s, device
+            self.guarding = Guarding(source.block.guard, plan, *measuring)
         self.plan = plan
         self._rank, self._device = place.rank, device.type
         self._trace_path = trace_path
@@ -122,7 +137,8 @@ class Attachment:
             param.register_post_accumulate_grad_hook(functools.partial(self._ready, name)) for name, param in parameters.items()
         ]
         engine.buffered_allreduce_fallback = self._flush
-        self._leave_steps = settle_after_steps(engine, self.feedback)
+        self._backward, engine.backward = engine.backward, self._timed_backward
+        self._leave_steps = settle_after_steps(engine, self.feedback, self._executor.committed)
         atexit.register(self.detach)
 
     @property
@@ -130,26 +146,49 @@ class Attachment:
         """Bytes that this rank keeps for synchronising beside the gradients and the memory of feedback."""
         return self._executor.buffer_nbytes + self.synchroniser.buffer_nbytes + self.recorder.nbytes
 
+    @property
+    def guard(self) -> Outcome | None:
+        """What the guard found; None before its verdict, or without one."""
+        return None if self.guarding is None else self.guarding.outcome
+
     def save_trace(self, path: str | Path) -> None:
-        """Write this rank's last steps for `espresso compare`; call it between steps. Raises FileError (no such directory)."""
-        made_by = f"espresso_ds {__version__}"
-        run_trace(self.recorder, self.plan, rank=self._rank, device=self._device, made_by=made_by).save(path)
+        """Write this rank's last planned steps for `espresso compare`; call it between steps.
+
+        Raises:
+            FileError: no such directory.
+        """
+        off_plan = frozenset[int]() if self.guarding is None else self.guarding.guard.steps_off_plan
+        about = {"device": self._device, "made_by": f"espresso_ds {__version__}"}
+        run_trace(self.recorder, self.plan, rank=self._rank, off_plan=off_plan, **about).save(path)
 
     def detach(self) -> None:
         """Give the engine back its own allreduce, stop the lanes, and write the run trace that was asked for."""
         atexit.unregister(self.detach)
         for hook in self._hooks:
             hook.remove()
-        self._engine.__dict__.pop("buffered_allreduce_fallback", None)
+        for name in ("buffered_allreduce_fallback", "backward"):
+            self._engine.__dict__.pop(name, None)
         self._leave_steps()
         self._lanes.close()
+        if self.guarding is not None:
+            self.guarding.close()
         self._groups.close(destroy=dist.is_initialized())
         if self._trace_path is not None:
             self.save_trace(self._trace_path)
 
+    def _timed_backward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._synchronises():
+            self.synchroniser.begin()
+            if self.guarding is not None:
+                self.guarding.begin()
+        return self._backward(*args, **kwargs)
+
+    def _synchronises(self) -> bool:
+        """Whether the gradients of a backward pass are synchronised now."""
+        return self._engine.is_gradient_accumulation_boundary() and not self._engine.inside_no_sync_ctxt
+
     def _ready(self, name: str, _: torch.nn.Parameter) -> None:
-        engine = self._engine
-        if engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt:
+        if self._synchronises():
             self.synchroniser.ready(name)
 
     def _flush(self, grads: object = None, elements_per_buffer: int = 0) -> None:
@@ -157,7 +196,10 @@ class Attachment:
             raise UnsupportedError(
                 "buffered_allreduce_fallback was called with gradients of its own; a plan holds for the model's gradients only"
             )
-        self.synchroniser.flush()
+        if self.guarding is None:
+            self.synchroniser.flush()
+        else:
+            self.guarding.flush()
 
 
 def scaling_of(engine: Any) -> Scaling:
@@ -242,7 +284,7 @@ def _banner(source: Source, buffer_nbytes: int) -> str:
     predicted = plan.predicted
     feedback = "" if plan.step is None else f" and up to {plan.step.feedback_bytes / 1e6:.1f} MB of error feedback"
     return (
-        f"espresso: plan active ({source.where}): {used.total()} of {len(plan.tensors)} tensors compressed"
+        f"plan active ({source.where}): {used.total()} of {len(plan.tensors)} tensors compressed"
         f"{f' ({codecs})' if codecs else ''}, "
         f"{predicted.planned_bytes / 1e6:.2f} MB sent per rank and step instead of {predicted.uncompressed_bytes / 1e6:.2f} MB, "
         f"expected step {predicted.planned_s:.3f} s (DeepSpeed alone: {predicted.stock_s:.3f} s), "

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from ..core.errors import MismatchError, UnsupportedError
+from ..core.host_facts import this_host
+from ..core.hosts import ClusterKind
 from ..core.plan import Plan
 from ..core.profile import model_fingerprint
 from .settling import precision_of
@@ -101,6 +103,38 @@ def layout() -> Layout:
     if len(set(counts.values())) > 1:
         raise MismatchError(f"hosts have different numbers of ranks: {dict(counts)}; give each host the same number of slots")
     return Layout(len(counts), counts[names[0]], in_order=len(list(groupby(names))) == len(counts))
+
+
+def cluster_kind(engine: Any) -> ClusterKind:
+    """What the running job's hosts are made of, as one rank of each tells. Collective, after `layout`, which checks the shape."""
+    backend = _backend_on(next(iter(trainable(engine).values())).device.type)
+    told: list = [None] * dist.get_world_size()
+    dist.all_gather_object(told, this_host(socket.gethostname(), backend))
+    slots = Counter(host.name for host in told)
+    first = {host.name: host for host in reversed(told)}
+    return ClusterKind.of(backend, [host.model_copy(update={"slots": slots[name]}) for name, host in first.items()])
+
+
+def _backend_on(device: str) -> str:
+    """The default group's backend for tensors on `device`: a group may have several, as in `cpu:gloo,cuda:nccl`."""
+    by_device = dict(each.split(":") for each in dist.get_backend_config().split(","))
+    return by_device.get(device, dist.get_backend())
+
+
+def check_cluster(plan: Plan, here: ClusterKind, any_cluster: bool, where: str) -> None:
+    """Raise MismatchError naming what differs between the cluster that was profiled for the plan and this one.
+
+    A plan from before clusters were remembered holds on any, and every plan does where the user says so (`any_cluster`).
+    """
+    made = plan.made_for.cluster
+    if made is None or any_cluster:
+        return
+    if different := made.differences(here):
+        raise MismatchError(
+            f"{where} was made for another kind of cluster than this run's: {'; '.join(different)}; measure this one with "
+            "`espresso profile cluster` and plan again (`espresso prepare` does both), or train with the plan nevertheless: "
+            'set "any_cluster": true in its "espresso" block'
+        )
 
 
 def check_made_for(plan: Plan, engine: Any, nodes: int, ranks_per_node: int, where: str) -> None:

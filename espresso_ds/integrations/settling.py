@@ -40,8 +40,11 @@ def loss_scale(engine: Any) -> float:
     return float(engine.optimizer.loss_scale) if isinstance(engine.optimizer, ZeROOptimizer) else 1.0
 
 
-def settle_after_steps(engine: Any, memories: Sequence[Settled]) -> Callable[[], None]:
-    """Settle `memories` after each of the engine's optimizer steps. Returns what undoes it.
+def settle_after_steps(
+    engine: Any, memories: Sequence[Settled], committed: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
+    """Settle `memories` after each of the engine's optimizer steps, and call `committed` after each that was not taken back.
+    Returns what undoes it.
 
     Gradients are alike on all ranks once they are synchronised, so all ranks skip the same steps.
     """
@@ -54,11 +57,14 @@ def settle_after_steps(engine: Any, memories: Sequence[Settled]) -> Callable[[],
     @functools.wraps(take_step)
     def take_and_settle(*args: Any, **kwargs: Any) -> Any:
         result = take_step(*args, **kwargs)
+        applied = engine.was_step_applied()
         for memory in memories:
-            if engine.was_step_applied() or not memory.reversible:
+            if applied or not memory.reversible:
                 memory.commit()
             else:
                 memory.rollback()
+        if applied or not any(memory.reversible for memory in memories):
+            committed()
         follow_scale()
         return result
 

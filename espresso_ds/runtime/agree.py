@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ..core.errors import EspressoError, MismatchError
+from ..core.errors import EspressoError, MismatchError, SyncError
 from ..core.record import fingerprint
 
 _meetings = itertools.count()
@@ -32,7 +33,7 @@ def meet(timeout_s: float) -> None:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise MismatchError(
             f"after {timeout_s:g} s ranks {missing} have not come with a plan; give every rank the same one: launch with "
-            "`deepspeed --espresso_config plan.json`, and check each host with `espresso doctor`"
+            "`deepspeed --espresso_config plan.json` (mpirun: `-x ESPRESSO_CONFIG`), and check each host with `espresso doctor`"
         ) from None
 
 
@@ -80,6 +81,21 @@ class Agreement:
         told: list = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(told, value, group=self._group)
         return told
+
+
+def largest(values: Sequence[float], group: ProcessGroup, timeout_s: float) -> list[float]:
+    """The largest of each value over all ranks of `group`, the same bits on every rank. Collective.
+
+    Raises:
+        SyncError: a rank is gone, or has not come after `timeout_s`.
+    """
+    found, options = torch.tensor(values, dtype=torch.float64), dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+    try:
+        group.allreduce([found], options).wait(timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise SyncError(f"comparing times over all ranks: {error}") from error
+    return found.tolist()
 
 
 def _first_difference(told: list[dict[str, str]]) -> str:

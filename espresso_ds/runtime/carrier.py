@@ -75,7 +75,7 @@ class Carrier:
             if target.numel:
                 payload = payloads[number, : codec.payload_nbytes(target.numel)]
                 values = source[target.start - first : target.stop - first]
-                site = f"{self.label}/{step.compression}/{number}"
+                site = self._site(step, number)
                 self.feedback.encode(codec, values, payload, seed, site, recompressed=step.compression > 0)
         if offloaded:
             self.offload.put(rows, payloads)
@@ -92,9 +92,27 @@ class Carrier:
         for number, (target, first_row, end_row) in enumerate(step.sums):
             total = out[target.start - first : target.stop - first]
             codec.decode_sum(rows[first_row:end_row], total, seed)
-            self.feedback.decoded(total, f"{self.label}/{step.compression}/decoded {number}")
+            self.feedback.decoded(total, self._decoded_site(step, number))
         if offloaded:
             self.offload.put(_of(x, step.extent), out)
+
+    def release(self, x: Tensor, rank: int) -> None:
+        """Add to `x` what this rank has not sent so far. Ranks that compress the same sums hold the same residuals of them: of
+        those it is the rank that gave the stream its number.
+        """
+        for step in self.path.steps:
+            if isinstance(step, Encode) and step.stream == rank:
+                for number, target in enumerate(step.targets):
+                    if target.numel:
+                        self.feedback.release(_of(x, target), self._site(step, number))
+
+    def forget(self) -> None:
+        """Give back the memory of all sites."""
+        for step in self.path.steps:
+            if isinstance(step, Encode):
+                self.feedback.forget(self._site(step, number) for number in range(len(step.targets)))
+            elif isinstance(step, Decode):
+                self.feedback.forget(self._decoded_site(step, number) for number in range(len(step.sums)))
 
     def start(self, step: MoveRows | MoveValues, x: Tensor, codec: Codec) -> Started:
         """Start a routine on rows of payload, or on uncompressed elements of `x`."""
@@ -138,6 +156,12 @@ class Carrier:
         if step.task is Task.ALLTOALL:
             return routines.alltoall(out, inp, group), _done
         return routines.gather(out if step.rows_after else None, inp, step.root, group), _done
+
+    def _site(self, step: Encode, number: int) -> str:
+        return f"{self.label}/{step.compression}/{number}"
+
+    def _decoded_site(self, step: Decode, number: int) -> str:
+        return f"{self.label}/{step.compression}/decoded {number}"
 
     def _rows(self, buffer: int, count: int, codec: Codec, compression: int) -> Tensor:
         """`count` rows of a row buffer, as far apart as this step's payloads need."""

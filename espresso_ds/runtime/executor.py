@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from ..compressors.identity import Identity
 from ..compressors.powersgd import PowerSGD, Shape
 from ..core.config import FeedbackMode
 from ..core.errors import UnsupportedError
-from ..core.option import ROUTINES, Option
+from ..core.option import ROUTINES, Level, Option
 from ..feedback import Feedback, may_sum
 from .buffers import allocate
 from .carrier import Carrier
@@ -27,6 +27,7 @@ from .groups import Groups
 from .lanes import Steps
 from .low_rank import LowRank, LowRankCompressor
 from .paths import Decode, Encode, path
+from .plain import PLAIN_LANES, Plain
 from .streams import Offload
 from .trace import Recorder
 
@@ -81,6 +82,8 @@ class Executor:
         device: of the units' buffers.
         recorder: gets the span of every action.
         offload: how codecs on the host come to the tensors; by default as `device` has it.
+        guarded: whether compressed units may also be sent uncompressed, for as long as nothing is settled; `groups` then have
+            what `PLAIN` needs.
 
     Raises:
         UnsupportedError: a codec that cannot be combined with its option, or one whose payloads grow while training goes on.
@@ -95,6 +98,7 @@ class Executor:
         device: torch.device | str = "cpu",
         recorder: Recorder | None = None,
         offload: Offload | None = None,
+        guarded: bool = False,
     ) -> None:
         self._recorder = recorder
         device = torch.device(device)
@@ -117,16 +121,49 @@ class Executor:
             buffers = allocate(way, codec, unit.dtype(wire_dtype), wire_dtype, device, offload)
             self._compressors[unit.index] = compressor
             self._carriers[unit.index] = Carrier(unit.label, way, buffers, compressor.feedback, groups.by_lane, offload)
+        self._plain: Plain | None = None
+        if guarded:
+            numels = {u.index: u.numel for u in units if u.option.compresses and may_be_plain(compressors[u.codec])}
+            self._plain = Plain(numels, groups.by_lane[0, Level.FLAT], groups.place.rank, wire_dtype, device)
 
     @property
     def buffer_nbytes(self) -> int:
         """Bytes that this rank keeps for payloads and for what is on the wire; units' own buffers and residuals come on top."""
         buffers = [carrier.buffers.nbytes for carrier in self._carriers.values()]
-        return sum(buffers) + sum(unit.factors.nbytes for unit in self._low_rank.values())
+        plain = 0 if self._plain is None else self._plain.nbytes
+        return sum(buffers) + sum(unit.factors.nbytes for unit in self._low_rank.values()) + plain
+
+    def may_send_plain(self, unit: Unit) -> bool:
+        """Whether the unit may be sent uncompressed as well."""
+        return self._plain is not None and unit.index in self._plain.units
+
+    def send_plain(self, units: Iterable[Unit]) -> None:
+        """Send these uncompressed from the next step on, the others as planned. What feedback remembers stays for later."""
+        assert self._plain is not None
+        self._plain.sent = frozenset(unit.index for unit in units)
+
+    def settle_on(self, units: Iterable[Unit]) -> None:
+        """Send these uncompressed for good, together with what feedback remembers of them; give back what is not needed then."""
+        assert self._plain is not None
+        ways = {unit.index: self._low_rank.get(unit.index) or self._carriers[unit.index] for unit in units}
+        if ways:
+            self._plain.settle_on(ways)
+        else:
+            self._plain = None
+
+    def committed(self) -> None:
+        """The optimizer has taken the step."""
+        for index in self._plain.committed() if self._plain is not None else ():
+            self._carriers.pop(index, None)
+            self._low_rank.pop(index, None)
+
+    def lanes_of(self, unit: Unit) -> int:
+        """Number of the lane on which the unit's next step ends."""
+        return PLAIN_LANES if self._plain is not None and unit.index in self._plain.sent else unit.steps
 
     def buffer_numel(self, unit: Unit) -> int:
         """Elements that the unit's buffer needs: more than `unit.numel` where uncompressed shards have to be equal."""
-        return unit.numel if unit.index in self._low_rank else self._carriers[unit.index].path.buffer_numel
+        return self._carriers[unit.index].path.buffer_numel if unit.index in self._carriers else unit.numel
 
     def run(self, unit: Unit, x: Tensor, step: int) -> Steps:
         """Sum the unit over all ranks, in place; yields each communication step once it has started.
@@ -137,6 +174,9 @@ class Executor:
                 wire dtype. Elements past `unit.numel` may be anything.
             step: counts optimizer steps, equal on all ranks.
         """
+        if self._plain is not None and unit.index in self._plain.sent:
+            yield from self._plain.run(unit.index, x[: unit.numel], functools.partial(self._record, unit, step))
+            return
         if unit.index in self._low_rank:
             yield from self._low_rank[unit.index].run(x, functools.partial(self._record, unit, step))
             return
@@ -175,6 +215,14 @@ def _check(unit: Unit, compressor: Compressor | LowRankCompressor) -> None:
     """Raise UnsupportedError if the codec cannot be right on the way of the unit's option."""
     if why := unfit(compressor.codec, unit.option, compressor.feedback.mode):
         raise UnsupportedError(f"{unit.label}: option {unit.option} is wrong for {compressor.codec.name}: {why}; plan again")
+
+
+def may_be_plain(compressor: Compressor | LowRankCompressor) -> bool:
+    """Whether uncompressed gradients mean to the optimizer what decoded ones do: not where feedback is its momentum ("dgc"), nor
+    where the codec keeps no scale (SignSGD), to which the learning rate has been fitted.
+    """
+    codec = compressor.codec
+    return compressor.feedback.mode != "dgc" and (isinstance(codec, PowerSGD) or codec.contractive or codec.unbiased)
 
 
 def unfit(codec: Codec | PowerSGD, option: Option, mode: FeedbackMode = "none") -> str | None:

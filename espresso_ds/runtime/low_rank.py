@@ -130,6 +130,14 @@ class LowRank:
                 started[1]()
             done(lane, number, start_ns)
 
+    def release(self, x: Tensor, rank: int) -> None:
+        """Add to `x` the error of what was sent of it so far; every rank has its own."""
+        self._memory.release(x, self._label)
+
+    def forget(self) -> None:
+        """Give back the unit's memory."""
+        self._memory.forget([self._label])
+
     def _left(self, x: Tensor) -> None:
         m, factors = self._matrices(x), self.factors
         if m is not x:

@@ -50,6 +50,12 @@ def join(device: torch.device) -> None:
             torch.cuda.current_stream(device).wait_stream(stream)
 
 
+def finish(device: torch.device) -> None:
+    """Return when the device has done all it was given, so that the host's clock tells its time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Offload:
     """Copies between the tensors' device and the host, for codecs that run on the host.
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core.errors import SyncError
-from ..core.run_trace import Mark
+from ..core.run_trace import NO_UNIT, Mark
 from . import streams
 from .executor import Executor, Unit
 from .lanes import Job, Lanes, Steps
@@ -74,12 +74,30 @@ class Synchroniser:
         self._jobs: list[Job] = []
         self._buffers = {number: self._new_buffer(number) for number in range(len(units)) if self._needs_buffer(number)}
         self._lock = threading.Lock()
+        self._began_ns: int | None = None
         self.step = 0
 
     @property
     def buffer_nbytes(self) -> int:
         """Bytes of the buffers that units keep between steps (fused units, casts, padding)."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    @property
+    def may_be_plain(self) -> frozenset[int]:
+        """Numbers of the units that are planned to be compressed and may be sent uncompressed as well."""
+        return frozenset(n for n, (chunks, _) in enumerate(self._units) if self._executor.may_send_plain(chunks[0]))
+
+    def send_plain(self, numbers: Iterable[int]) -> None:
+        """Send these units uncompressed from the next step on, the others as planned; between steps, alike on all ranks."""
+        self._executor.send_plain(self._chunks(numbers))
+
+    def settle_on(self, numbers: Iterable[int]) -> None:
+        """Send these units uncompressed for good; between steps, alike on all ranks."""
+        self._executor.settle_on(self._chunks(numbers))
+
+    def begin(self) -> None:
+        """Note that the backward pass starts whose gradients will be synchronised."""
+        self._began_ns = time.perf_counter_ns()
 
     def ready(self, name: str) -> None:
         """Note that a gradient is complete, and submit the units that now can go.
@@ -107,6 +125,9 @@ class Synchroniser:
     def flush(self) -> None:
         """Submit what is left (a parameter without a gradient counts as zeros), wait for all, and get ready for the next step."""
         start_ns = time.perf_counter_ns()
+        if self._recorder is not None and self._began_ns is not None:
+            self._recorder.training.span(self.step, NO_UNIT, Mark.BACKWARD, self._began_ns, start_ns)
+        self._began_ns = None
         with self._lock:
             while self._submitted < len(self._units):
                 self._submit_next()
@@ -119,6 +140,9 @@ class Synchroniser:
         streams.join(self._units[0][1][0].param.device)
         if self._recorder is not None:
             self._recorder.training.mark(Mark.FLUSH, step, start_ns=start_ns)
+
+    def _chunks(self, numbers: Iterable[int]) -> list[Unit]:
+        return [chunk for number in numbers for chunk in self._units[number][0]]
 
     def _submit_next(self) -> None:
         number = self._submitted
@@ -158,7 +182,7 @@ class Synchroniser:
             for part, grad in elsewhere:
                 grad.copy_(part.view(grad.shape))
         if self._recorder is not None:
-            writer = self._recorder.lane(chunk.steps)
+            writer = self._recorder.lane(self._executor.lanes_of(chunk))
             writer.mark(Mark.COPY_OUT, step, chunk.index, start_ns)
             writer.mark(Mark.DONE, step, chunk.index)
 

@@ -6,9 +6,13 @@ the start. The last steps can be read at any time, best between steps, and becom
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import statistics
 import struct
 import time
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import FileError
 from ..core.plan import Plan
-from ..core.run_trace import NO_UNIT, TRACE_ENV, Mark, RunSpan, RunStep, RunTrace, run_units
+from ..core.run_trace import NO_UNIT, TRACE_ENV, Mark, RunSpan, RunStep, RunTrace, RunUnit, run_units
 
 _RECORD = struct.Struct("=iiiqq")
 _DTYPE = np.dtype([("step", "i4"), ("unit", "i4"), ("action", "i4"), ("start", "i8"), ("end", "i8")])
@@ -87,6 +91,7 @@ class Recorder:
         self.training = Writer(capacity)
         """For backward hooks and the flush, which never run at the same time."""
         self._lanes = [Writer(capacity) for _ in range(lanes)]
+        self._rings = (self.training, *self._lanes)
 
     def lane(self, number: int) -> Writer:
         """The ring of one lane's thread."""
@@ -95,11 +100,15 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Bytes of all rings."""
-        return sum(writer.nbytes for writer in (self.training, *self._lanes))
+        return sum(ring.nbytes for ring in self._rings)
+
+    def stop(self) -> None:
+        """Keep what is recorded, and take no more; between steps."""
+        self.training, self._lanes = Writer(1), [Writer(1) for _ in self._lanes]  # which nobody reads
 
     def steps(self) -> tuple[RunStep, ...]:
         """The last whole steps, oldest first; none before the second flush, since the first only sets the clock."""
-        parts, complete = zip(*(writer.read() for writer in (self.training, *self._lanes)), strict=True)
+        parts, complete = zip(*(ring.read() for ring in self._rings), strict=True)
         records = np.concatenate(parts)
         records = records[np.argsort(records["end"], kind="stable")]
         ends = {int(r["step"]): int(r["end"]) for r in records[records["action"] == Mark.FLUSH]}
@@ -113,8 +122,44 @@ def _step(step: int, records: NDArray[np.void], zero_ns: int) -> RunStep:
     return RunStep(step=step, spans=tuple(map(RunSpan, *columns)))
 
 
-def run_trace(recorder: Recorder, plan: Plan, *, rank: int, device: str, made_by: str) -> RunTrace:
-    """What was recorded under `plan` on this rank, as a file to be. `device`: where the model computes, cpu or cuda."""
+def holds_s(recorder: Recorder, units: Sequence[RunUnit], steps: Set[int]) -> list[float]:
+    """For how long each unit of the plan held up those behind it: from when it was ready and all before it were done until it was
+    done itself. The median over the given steps; -1 where none of them is recorded any more.
+
+    Args:
+        recorder: of this rank.
+        units: what it counts, in the order on the wire.
+        steps: by their number in the run.
+    """
+    count = units[-1].unit + 1
+    of_steps = [_holds_s(step, units, count) for step in recorder.steps() if step.step in steps]
+    return [statistics.median(of_unit) for of_unit in zip(*of_steps, strict=True)] if of_steps else [-1.0] * count
+
+
+def _holds_s(step: RunStep, units: Sequence[RunUnit], count: int) -> list[float]:
+    submitted, done = [math.inf] * count, [0.0] * count
+    for span in step.spans:
+        if span.action == Mark.SUBMITTED:
+            submitted[units[span.unit].unit] = min(submitted[units[span.unit].unit], span.end_s)
+        elif span.action == Mark.DONE:
+            done[units[span.unit].unit] = max(done[units[span.unit].unit], span.end_s)
+    before = itertools.accumulate(done, max, initial=0.0)
+    return [max(0.0, end - max(start, free)) for start, end, free in zip(submitted, done, before, strict=False)]
+
+
+def run_trace(
+    recorder: Recorder, plan: Plan, *, rank: int, device: str, made_by: str, off_plan: Set[int] = frozenset()
+) -> RunTrace:
+    """What was recorded under `plan` on this rank, as a file to be.
+
+    Args:
+        recorder: of this rank.
+        plan: what ran.
+        rank: this one.
+        device: where the model computes, cpu or cuda.
+        made_by: version of the program.
+        off_plan: steps that are left out, since not all was sent as planned in them.
+    """
     made_for = plan.made_for
     return RunTrace(
         made_by=made_by,
@@ -124,7 +169,7 @@ def run_trace(recorder: Recorder, plan: Plan, *, rank: int, device: str, made_by
         nodes=made_for.nodes,
         device=device,
         units=run_units(plan),
-        steps=recorder.steps(),
+        steps=tuple(step for step in recorder.steps() if step.step not in off_plan),
     )
 
 
