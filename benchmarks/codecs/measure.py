@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from rich.progress import track
 
 from espresso_ds.compressors import native
 from espresso_ds.compressors.registry import make
+from espresso_ds.profiler.codec_speed import ADD, INCREMENT, Arrays, Case, one_repeat, ratio, sets_of
 
-from .cases import ROWS, SUBJECTS, Arrays, Case, Subject
+from .cases import ROWS, SUBJECTS, Subject, rendered
 
 SIZES = (1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-_HANDLED = 1 << 22
 _IN_CACHE = 1 << 19
 """Elements over which small arrays are spread: 2 MiB of each kind, so that they stay in the cache."""
 
@@ -30,29 +30,16 @@ Rows = list[dict[str, str | int | float | None]]
 
 def seconds_of(cases: Mapping[str, Case], numel: int, repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds per call of every case, one figure for each repeat."""
-    calls = max(1, _HANDLED // numel)
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in track(range(repeats), f"2^{numel.bit_length() - 1} elements"):
-        for name, run in cases.items():
-            run(0)
-            start = clock()
-            for i in range(calls):
-                run(i)
-            seconds[name].append((clock() - start) / calls)
-    return seconds
-
-
-def ratio(above: Iterable[float], below: Iterable[float]) -> float:
-    """Median of the repeats' own ratios."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+    repeated = [one_repeat(cases, numel, clock) for _ in track(range(repeats), f"2^{numel.bit_length() - 1} elements")]
+    return {name: [repeat[name] for repeat in repeated] for name in cases}
 
 
 def one_thread(numel: int, repeats: int, plain_repeats: int = 5) -> Rows:
     """Encoding and decoding of every subject beside the limits, and of those with a plain rendering beside that."""
-    arrays = Arrays(numel, max(1, _IN_CACHE // numel))
+    arrays = Arrays(numel, sets_of(numel, _IN_CACHE))
     cases = arrays.limits()
     for subject in SUBJECTS:
-        cases |= {f"{subject.name}: {what}": case for what, case in arrays.coded(subject).items()}
+        cases |= {f"{subject.name}: {what}": case for what, case in arrays.coded(subject.settings, ROWS).items()}
     seconds = seconds_of(cases, numel, repeats, time.thread_time)
     rows = []
     for subject in SUBJECTS:
@@ -61,7 +48,7 @@ def one_thread(numel: int, repeats: int, plain_repeats: int = 5) -> Rows:
         for what, count in (("encode", 0), ("decode", 1), (f"decode {ROWS}", ROWS)):
             taken = seconds[f"{subject.name}: {what}"]
             moved = 1 + count * nbytes / (8 * numel)  # over the traffic of `out += 1`
-            limit = seconds["r += g"] if what == "encode" else [moved * second for second in seconds["out += 1"]]
+            limit = seconds[ADD] if what == "encode" else [moved * second for second in seconds[INCREMENT]]
             quartiles = statistics.quantiles(taken)
             rows.append(
                 {
@@ -80,7 +67,7 @@ def one_thread(numel: int, repeats: int, plain_repeats: int = 5) -> Rows:
 def _versus_plain(arrays: Arrays, subject: Subject, repeats: int) -> dict[str, float]:
     if subject.peer is None:
         return {}
-    ours, plain = arrays.coded(subject), arrays.rendered(subject.peer)
+    ours, plain = arrays.coded(subject.settings, ROWS), rendered(arrays, subject.peer)
     both = {f"{who} {what}": side[what] for who, side in (("ours", ours), ("plain", plain)) for what in plain}
     seconds = seconds_of(both, arrays.numel, repeats, time.thread_time)
     return {what: ratio(seconds[f"plain {what}"], seconds[f"ours {what}"]) for what in plain}
@@ -88,10 +75,10 @@ def _versus_plain(arrays: Arrays, subject: Subject, repeats: int) -> dict[str, f
 
 def two_threads(numel: int, repeats: int) -> Rows:
     """How many times as fast two threads are as one, for kernels with a bar and for `r += g`, by the clock."""
-    arrays, barred = Arrays(numel, max(1, _IN_CACHE // numel)), [subject for subject in SUBJECTS if subject.bar]
-    cases = {"r += g": arrays.limits()["r += g"]}
+    arrays, barred = Arrays(numel, sets_of(numel, _IN_CACHE)), [subject for subject in SUBJECTS if subject.bar]
+    cases = {ADD: arrays.limits()[ADD]}
     for subject in barred:
-        cases |= {f"{subject.name}: {what}": case for what, case in arrays.coded(subject).items()}
+        cases |= {f"{subject.name}: {what}": case for what, case in arrays.coded(subject.settings, ROWS).items()}
 
     def with_threads(count: int, case: Case) -> Case:
         def run(i: int) -> None:

@@ -7,18 +7,21 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
 from ..core.errors import EspressoError, UnsupportedError
+from ..core.host_facts import this_host
 from ..core.native import library
 from ..integrations import boot
-from ..profiler.mpi_launch import find_mpirun
+from ..profiler.mpi_find import find_launcher
 
 PACKAGES = ("espresso-ds", "deepspeed", "torch", "transformers", "accelerate", "mpi4py")
 
@@ -38,6 +41,9 @@ def run(args: argparse.Namespace) -> None:
     rows.append(("launcher flag", *_launcher_flag()))
     rows.append(("mpirun", *_mpirun()))
     optional = [
+        ("MPI library", *mpi_library()),
+        ("host name", *host_name()),
+        ("network", *network()),
         ("native code", *_native()),
         ("triton", *_triton()),
         ("c++", bool(shutil.which("c++")), "DeepSpeed compiles its CPU kernels with it (CPU training only)"),
@@ -50,6 +56,50 @@ def run(args: argparse.Namespace) -> None:
     bad = [name for name, good, _ in rows if not good]
     if bad:
         raise UnsupportedError(f"not ready: {', '.join(bad)}")
+
+
+def mpi_library() -> tuple[bool, str]:
+    """The MPI library that mpi4py takes, and whether ranks that the mpirun found starts would see each other with it."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False  # only asked for its name
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and finds no library
+        return False, f"{error}; profiles and benches then need torchrun or srun, or `pip install espresso-ds[mpi]`"
+    library = " ".join(MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0").split())
+    try:
+        launcher = find_launcher()
+    except EspressoError:  # a row of its own says so
+        return True, library
+    if launcher.kind != "srun" and (launcher.kind == "openmpi") != library.startswith("Open MPI"):
+        own = launcher.library or "/path/to/libmpi.so"
+        return False, f"mpi4py takes {library}, and {launcher.program} is {launcher.title}: export MPI4PY_LIBMPI={own}"
+    return True, f"{library}, as {launcher.title}'s mpirun wants it"
+
+
+def host_name() -> tuple[bool, str]:
+    """Whether other hosts can reach this one by the address of its name, which gloo listens on unless told otherwise."""
+    name, chosen = socket.gethostname(), os.environ.get("GLOO_SOCKET_IFNAME")
+    if chosen:
+        here = psutil.net_if_addrs()
+        if missing := [each for each in chosen.split(",") if each not in here]:
+            return False, f"GLOO_SOCKET_IFNAME={chosen}: no interface {missing[0]!r} here; there are {', '.join(here)}"
+        return True, f"{name}; gloo takes {chosen} (GLOO_SOCKET_IFNAME)"
+    try:
+        address = socket.gethostbyname(name)
+    except OSError as error:
+        return False, f"{name} has no address ({error}): gloo between hosts needs GLOO_SOCKET_IFNAME, or a line in /etc/hosts"
+    if address.startswith("127."):
+        return False, f"{name} is {address}, loopback: gloo between hosts needs GLOO_SOCKET_IFNAME, or another line in /etc/hosts"
+    return True, f"{name} is {address}"
+
+
+def network() -> tuple[bool, str]:
+    """The network cards, with what their drivers claim, and which of them gloo's traffic between hosts would take."""
+    nics = this_host(socket.gethostname(), "gloo").nics
+    listed = [f"{nic.name} ({nic.label}){', gloo takes it' if nic.carries else ''}" for nic in nics]
+    return bool(listed), "; ".join(listed) or "no interface but loopback: one host only"
 
 
 def _native() -> tuple[bool, str]:
@@ -101,6 +151,7 @@ def _launcher_flag() -> tuple[bool, str]:
 
 def _mpirun() -> tuple[bool, str]:
     try:
-        return True, find_mpirun()
+        launcher = find_launcher()
     except EspressoError as error:
         return False, str(error)
+    return True, f"{launcher.program} ({launcher.title})"

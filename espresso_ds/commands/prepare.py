@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
             keep(work, directory)
         plan = write_plan(args, config, block, trace, cluster, compressors, report=report.part(0.95, 1.0, "plan"))
     print(f"trace:       {describe_trace(trace)}")
-    print(f"cluster:     {describe_cluster(cluster)}")
+    print(f"cluster:     {describe_cluster(cluster)}", *cluster.remarks, sep="\n             ! ")
     print("compressors:", "\n             ".join(describe_compressors(compressors)))
     print(f"{args.out}: {describe(plan)}")
     print(f"why: `espresso explain {args.out}`; profiles are in {directory}")

@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from rich.console import Console
+
 from ..core.config import STRENGTH, CompressorSettings
-from ..core.errors import FileError
+from ..core.errors import FileError, UnsupportedError
 from ..core.profile import ClusterProfile, CodecProfile, CompressorProfile
+from .cluster_tables import tables
 from .job import Report, Reporter, run_job
-from .launching import add_cluster_arguments, ranks_command
+from .launching import add_cluster_arguments, go_on_in_place, one_of_many, ranks_command
 
 _CODEC_TIMEOUT_S = 600.0
+_CLUSTER, _COMPRESSORS = "espresso_ds.profiler.cluster", "espresso_ds.profiler.compressors_mpi"
+"""What every rank runs."""
 _GIVEN = (*STRENGTH, "feedback", "residual", "momentum", "clip")
 """Settings of a codec that the command line takes, by their own names."""
 
@@ -22,11 +27,18 @@ _GIVEN = (*STRENGTH, "feedback", "residual", "momentum", "clip")
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the command's arguments."""
     parser = commands.add_parser("profile", help="measure the cluster or compressors", description=__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="cluster|compressors")
+    kinds = parser.add_subparsers(required=True, metavar="cluster|compressors|show")
     cluster = kinds.add_parser("cluster", help="latency and bandwidth of links and collective routines")
     add_cluster_arguments(cluster)
     cluster.add_argument("-o", "--out", type=Path, default=Path("cluster.json"), help="(default: %(default)s)")
+    cluster.add_argument("--picture", type=Path, metavar="PNG", help="draw what was measured and the lines fitted through it")
     cluster.set_defaults(run=run_cluster)
+    show = kinds.add_parser("show", help="the tables of a cluster profile, and its picture")
+    show.add_argument("file", type=Path, metavar="CLUSTER.JSON")
+    show.add_argument(
+        "--picture", type=Path, nargs="?", const=True, metavar="PNG", help="draw it as well (default: beside the file, as .png)"
+    )
+    show.set_defaults(run=run_show)
     compressors = kinds.add_parser("compressors", help="encode and decode seconds, payload bytes and error of codecs")
     add_cluster_arguments(compressors)
     add_compressor_arguments(compressors)
@@ -83,30 +95,59 @@ def compressor_settings(args: argparse.Namespace, base: CompressorSettings) -> C
 
 def alternative_settings(args: argparse.Namespace, base: Sequence[CompressorSettings]) -> tuple[CompressorSettings, ...]:
     """Those of `base` and then those of the command line, each once. Raises FileError at one that cannot be read."""
-    return tuple(dict.fromkeys((*base, *map(_alternative, args.alternative))))
+    return tuple(dict.fromkeys((*base, *(read_codec(text, "--alternative") for text in args.alternative))))
 
 
-def _alternative(text: str) -> CompressorSettings:
+def read_codec(text: str, option: str) -> CompressorSettings:
+    """The codec that `NAME[:KEY=VALUE]...` describes. Raises FileError, naming the option, at what cannot be read."""
     name, *pairs = text.split(":")
     given = {"name": name}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or key in given:
-            raise FileError(f"--alternative {text}: {pair!r} is not KEY=VALUE with a key of its own; write topk:density=0.1")
+            raise FileError(f"{option} {text}: {pair!r} is not KEY=VALUE with a key of its own; write topk:density=0.1")
         given[key] = value
-    return CompressorSettings.read(given, f"--alternative {text}")
+    return CompressorSettings.read(given, f"{option} {text}")
 
 
 def run_cluster(args: argparse.Namespace) -> None:
-    """Measure and write the file."""
+    """Measure, write the file and show it. Raises JobError, FileError, UnsupportedError."""
+    if found := one_of_many(args):
+        if args.picture is not None:
+            raise UnsupportedError(
+                f"--picture {args.picture}: ranks that {found.by} started only measure; draw afterwards with "
+                f"`espresso profile show {args.out} --picture {args.picture}`"
+            )
+        go_on_in_place(found, ["-m", _CLUSTER, *_cluster_arguments(args.out)])
+    if args.picture is not None:
+        from ..planner.cluster_render import check_picture  # matplotlib is for pictures only
+
+        check_picture(args.picture)  # before anything is measured for it
     with Reporter() as report:
         profile = profile_cluster(args, args.out, report)
+    _show(profile, args.picture)
     print(f"{args.out}: {describe_cluster(profile)}")
+
+
+def run_show(args: argparse.Namespace) -> None:
+    """Show a file, however long ago it was measured. Raises FileError."""
+    _show(ClusterProfile.load(args.file), args.file.with_suffix(".png") if args.picture is True else args.picture)
+
+
+def _show(profile: ClusterProfile, picture: Path | None) -> None:
+    Console().print(tables(profile))
+    if picture is not None:
+        from ..planner.cluster_render import draw_fit
+
+        draw_fit(profile, picture)
+        print(f"drawn: {picture}")
 
 
 def run_compressors(args: argparse.Namespace) -> None:
     """Measure and write the file."""
     settings = (compressor_settings(args, CompressorSettings()), *alternative_settings(args, ()))
+    if found := one_of_many(args):
+        go_on_in_place(found, ["-m", _COMPRESSORS, *_compressor_arguments(settings, args.trace, args.out)])
     with Reporter() as report:
         profile = profile_compressors(args, settings, args.trace, args.out, report)
     print(f"{args.out}:", *describe_compressors(profile), sep="\n  ")
@@ -117,9 +158,7 @@ def profile_cluster(args: argparse.Namespace, out: Path, report: Report, threads
 
     Raises JobError, FileError, UnsupportedError.
     """
-    more = [] if threads is None else ["--threads", str(threads)]
-    command = ranks_command(args, "espresso_ds.profiler.cluster", "-o", str(out.resolve()), *more)
-    run_job(command, out.with_suffix(".log"), report)
+    run_job(ranks_command(args, _CLUSTER, *_cluster_arguments(out, threads)), out.with_suffix(".log"), report)
     return ClusterProfile.load(out)
 
 
@@ -127,13 +166,19 @@ def profile_compressors(
     args: argparse.Namespace, settings: Sequence[CompressorSettings], trace: Path | None, out: Path, report: Report
 ) -> CompressorProfile:
     """Measure each codec, once, on all ranks at once, as they will run it. Raises JobError, FileError, UnsupportedError."""
-    wanted = [each.model_dump(mode="json", exclude_none=True) for each in dict.fromkeys(settings)]
-    arguments = ["-o", str(out.resolve()), "--compressors", json.dumps(wanted)]
-    if trace is not None:
-        arguments += ["--trace", str(trace.resolve())]
-    command = ranks_command(args, "espresso_ds.profiler.compressors_mpi", *arguments)
-    run_job(command, out.with_suffix(".log"), report, timeout_s=_CODEC_TIMEOUT_S * len(wanted))
+    command = ranks_command(args, _COMPRESSORS, *_compressor_arguments(settings, trace, out))
+    run_job(command, out.with_suffix(".log"), report, timeout_s=_CODEC_TIMEOUT_S * len(dict.fromkeys(settings)))
     return CompressorProfile.load(out)
+
+
+def _cluster_arguments(out: Path, threads: int | None = None) -> list[str]:
+    return ["-o", str(out.resolve()), *([] if threads is None else ["--threads", str(threads)])]
+
+
+def _compressor_arguments(settings: Sequence[CompressorSettings], trace: Path | None, out: Path) -> list[str]:
+    wanted = [each.model_dump(mode="json", exclude_none=True) for each in dict.fromkeys(settings)]
+    given = [] if trace is None else ["--trace", str(trace.resolve())]
+    return ["-o", str(out.resolve()), "--compressors", json.dumps(wanted), *given]
 
 
 def describe_cluster(profile: ClusterProfile) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,8 +22,27 @@ def kernel(name: str, x: Tensor) -> Callable[..., Any] | None:
     return _kernel(name, "cpu" if x.is_cpu else x.device.type)  # x.device takes a quarter of a microsecond
 
 
+@contextmanager
+def asked() -> Iterator[dict[str, bool]]:
+    """Which kernels codecs ask for inside the `with` block, by name, and whether they get them; for reports, by one thread."""
+    global _kernel
+    found: dict[str, bool] = {}
+    unwatched = _kernel
+
+    def watched(name: str, device: str) -> Callable[..., Any] | None:
+        work = unwatched(name, device)
+        found[name] = work is not None
+        return work
+
+    _kernel = watched  # swapped, so that nobody pays for it otherwise
+    try:
+        yield found
+    finally:
+        _kernel = unwatched
+
+
 @cache
-def _kernel(name: str, device: str) -> Callable[..., Any] | None:
+def _find(name: str, device: str) -> Callable[..., Any] | None:
     if device == "cpu":
         from ..core.native import library
         from . import native
@@ -36,6 +56,9 @@ def _kernel(name: str, device: str) -> Callable[..., Any] | None:
 
         return getattr(triton_kernels, name, None)
     return None
+
+
+_kernel: Callable[[str, str], Callable[..., Any] | None] = _find
 
 
 @cache

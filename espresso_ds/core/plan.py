@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 
 from .config import CompressorSettings, EspressoBlock
 from .errors import FileError
+from .hosts import ClusterKind
 from .option import Option
 from .record import FileRecord, Record, fingerprint, load_json, write_json
 
@@ -51,6 +52,7 @@ class MadeFor(Record):
     ranks_per_node: PositiveInt
     model: str = Field(description="fingerprint of parameter names, shapes and dtypes")
     config: dict[str, str | int | float | bool] = Field(description="DeepSpeed settings that the times depend on")
+    cluster: ClusterKind | None = Field(None, description="hosts, network and backend that were profiled")
 
     @property
     def world_size(self) -> int:
@@ -116,8 +118,13 @@ class Plan(FileRecord):
         return self.model_copy(update={"seal": self._hash()})
 
     def _hash(self) -> str:
-        absent = {"step"} if self.step is None else set()  # plans without it keep the seal that they were given
-        return fingerprint(self.model_dump(mode="json", exclude={"seal", *absent}))
+        # Plans without fields that were added later keep the seal that they were given.
+        exclude: dict[str, Any] = {"seal": True}
+        if self.step is None:
+            exclude["step"] = True
+        if self.made_for.cluster is None:
+            exclude["made_for"] = {"cluster": True}
+        return fingerprint(self.model_dump(mode="json", exclude=exclude))
 
     def units(self) -> list[tuple[TensorDecision, ...]]:
         """Tensors grouped by unit, in the order on the wire."""

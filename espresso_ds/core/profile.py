@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from .config import CompressorSettings
+from .hosts import ClusterKind, Host
 from .option import Device, Level, Task
 from .record import FileRecord, Record, fingerprint
 
@@ -81,6 +82,7 @@ class RoutineCost(Record):
     alpha_s: Seconds
     beta_s_per_byte: Seconds
     fit_error: NonNegativeFloat = Field(description="median of |fit - measured| / measured")
+    spread: tuple[NonNegativeFloat, ...] = Field((), description="interquartile range over median, one for each of nbytes")
 
 
 class Link(Record):
@@ -89,6 +91,41 @@ class Link(Record):
     alpha_s: Seconds
     beta_s_per_byte: Seconds
     fit_error: NonNegativeFloat
+    nbytes: tuple[Nbytes, ...] = ()
+    seconds: tuple[PositiveSeconds, ...] = Field((), description="medians of one message, one for each of nbytes")
+    spread: tuple[NonNegativeFloat, ...] = Field((), description="interquartile range over median, one for each of nbytes")
+
+
+class MpiCost(Record):
+    """Measured seconds of one operation of the MPI library; `nbytes` as in `RoutineCost`. For people: the planner ignores it."""
+
+    operation: Literal["allreduce", "allgather", "alltoall", "send"]
+    nbytes: tuple[Nbytes, ...]
+    seconds: tuple[PositiveSeconds, ...]
+    spread: tuple[NonNegativeFloat, ...]
+
+
+class RawMpi(Record):
+    """What MPI itself makes of the same links, between all ranks; `send` between two, on different hosts if there are several."""
+
+    library: str = Field(description="name and version")
+    costs: tuple[MpiCost, ...]
+
+
+class HostSpeed(Record):
+    """What one host can do: its best rate to and from any other host that was tried, and its slowest rank's computing."""
+
+    up_bytes_per_s: PositiveFloat | None = Field(None, description="None on a single host")
+    down_bytes_per_s: PositiveFloat | None = None
+    products_per_s: PositiveFloat = Field(description="products of two fixed matrices, by each of its ranks at the same time")
+
+
+class PairRate(Record):
+    """The rate from one host to another; numbers of hosts."""
+
+    sender: NonNegativeInt
+    receiver: NonNegativeInt
+    bytes_per_s: PositiveFloat
 
 
 class ClusterProfile(FileRecord):
@@ -106,6 +143,23 @@ class ClusterProfile(FileRecord):
     )
     links: dict[Level, Link] = Field(description="intra where a node has two ranks, inter where there are two nodes")
     routines: tuple[RoutineCost, ...]
+    facts: tuple[Host, ...] = Field((), description="one for each of hosts")
+    speeds: tuple[HostSpeed, ...] = Field((), description="one for each of hosts")
+    pairs: tuple[PairRate, ...] = ()
+    mpi: RawMpi | None = None
+    remarks: tuple[str, ...] = Field((), description="stragglers, asymmetric links, large spreads, for people")
+    took_s: NonNegativeFloat | None = Field(None, description="how long measuring took, start-up of the ranks not counted")
+
+    @property
+    def kind(self) -> ClusterKind | None:
+        """What a plan made from this profile is kept to; None where the facts of its hosts are not in the file."""
+        there = [(host.name, host.slots) for host in self.facts]
+        return ClusterKind.of(self.backend, self.facts) if there == [(name, self.ranks_per_node) for name in self.hosts] else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the content; that of a file from before a field was added stays what it was."""
+        return fingerprint(_without_absent(self.model_dump(mode="json")))
 
     @property
     def nodes(self) -> int:
@@ -152,6 +206,20 @@ class CompressorProfile(FileRecord):
 
     schema_version: Literal[1] = 1
     codecs: tuple[CodecProfile, ...] = Field(min_length=1)
+
+
+_ADDED = {"spread", "facts", "speeds", "pairs", "mpi", "remarks", "took_s"}
+"""Keys of a cluster profile that its first version had not, besides a link's sizes and times."""
+
+
+def _without_absent(value: Any) -> Any:
+    """Decoded JSON of a cluster profile without added keys that hold nothing."""
+    if isinstance(value, list):
+        return [_without_absent(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    added = _ADDED | ({"nbytes", "seconds"} if "routine" not in value else set())
+    return {key: _without_absent(each) for key, each in value.items() if key not in added or each not in ([], None)}
 
 
 def model_fingerprint(tensors) -> str:  # noqa: ANN001 - any iterable of (name, shape, dtype)

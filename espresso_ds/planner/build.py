@@ -10,6 +10,7 @@ from ..core.errors import FileError, MismatchError
 from ..core.option import Device, Option
 from ..core.plan import MadeFor, Plan, Prediction, TensorDecision
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
+from .baselines import Search
 from .bound import lower_bound
 from .cost import Costs
 from .limits import Limits
@@ -38,6 +39,7 @@ def make_plan(
     thrift: float = EspressoBlock().thrift,
     constraints: Constraints = NO_CONSTRAINTS,
     error_budget: float | None = None,
+    search: Search | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Plan:
     """Decide for every tensor and predict the step.
@@ -51,6 +53,7 @@ def make_plan(
         thrift: share of the fastest plan's step given for leaving uncompressed what compression helps least.
         constraints: what the plan must keep to.
         error_budget: most relative error, as the mean over all elements.
+        search: in place of ours, such as one of `baselines.CRIPPLED`; thrift and limits are then its own affair.
         progress: called with (stage, done, total) during the search.
 
     Returns:
@@ -70,7 +73,9 @@ def make_plan(
     limits = Limits(trace, menu, exact, constraints.residual_bytes, error_budget)
     plain = best_uncompressed(trace, menu)
     units, bound_s = plain, 0.0
-    if not uncompressed:
+    if search is not None:
+        units = search(trace, menu)
+    elif not uncompressed:
         units, bound_s = _worthwhile(plain, trace, menu, limits, thrift, progress)
     planned_s = Trials(units, trace, menu).time
     predicted = Prediction(
@@ -104,7 +109,11 @@ def make_plan(
     return Plan(
         made_by=made_by,
         made_for=MadeFor(
-            nodes=cluster.nodes, ranks_per_node=cluster.ranks_per_node, model=trace.model_fingerprint, config=trace.config
+            nodes=cluster.nodes,
+            ranks_per_node=cluster.ranks_per_node,
+            model=trace.model_fingerprint,
+            config=trace.config,
+            cluster=cluster.kind,
         ),
         profiles=fingerprints,
         compressors=tuple(codec.compressor for codec in compressors.codecs),
@@ -158,7 +167,7 @@ def _worthwhile(
     planned_s = Trials(units, trace, menu).time
     if planned_s > limit:
         return plain, bound.seconds
-    return spare(units, trace, menu, min(limit, planned_s * (1 + thrift))), bound.seconds
+    return spare(units, trace, menu, limits, min(limit, planned_s * (1 + thrift))), bound.seconds
 
 
 def free_compression_s(trace: ModelTrace, menu: Menu, limits: Limits, planned_s: float) -> float:

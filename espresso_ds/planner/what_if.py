@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..core.errors import FileError
 from ..core.option import Level
+from ..core.people import people_bit_per_s
 from ..core.plan import Prediction
 from ..core.profile import ClusterProfile
 from ..core.record import Record
@@ -129,14 +130,6 @@ def inter_bit_per_s(cluster: ClusterProfile) -> float | None:
     """Bandwidth of the measured link between nodes, if its time per byte was measurable."""
     link = cluster.links.get(Level.INTER)
     return 8 / link.beta_s_per_byte if link is not None and link.beta_s_per_byte else None
-
-
-def people_bit_per_s(rate: float) -> str:
-    """`rate` for people: `950 Mbit/s`, `12.5 Gbit/s`."""
-    for unit, size in (("Tbit/s", 1e12), ("Gbit/s", 1e9), ("Mbit/s", 1e6)):
-        if rate >= size:
-            return f"{rate / size:.3g} {unit}"
-    return f"{rate / 1e3:.3g} kbit/s"
 
 
 def _point(cluster: ClusterProfile, axis: Axis, value: float, plan_for: PlanFor) -> Point:

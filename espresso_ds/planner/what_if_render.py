@@ -12,8 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..core.people import people_bit_per_s
 from ..core.plan import Prediction
-from .what_if import Point, WhatIf, people_bit_per_s
+from .what_if import Point, WhatIf
 
 _LINES = (  # field of Prediction, label, colour, line style
     ("stock_s", "DeepSpeed as it is", "#7f96ad", "-"),

@@ -3,7 +3,7 @@
     mpirun --hostfile hosts --bind-to none python -m espresso_ds.profiler.cluster -o cluster.json
 
 or under torchrun, or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank 0 prints lines
-`@progress 0.42 allreduce 4 MiB` on stdout (share of the work done, what is being measured) and at last one line for people.
+`@progress 0.42 allreduce 4 MiB` on stdout (share of the work done, what is being measured) and at last some lines for people.
 Faults go to stderr, and the exit status is then 1.
 """
 
@@ -11,59 +11,100 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..core.errors import EspressoError, FileError, SyncError
-from ..core.profile import ClusterProfile, Link, RoutineCost
+from ..core.hosts import ClusterKind
+from ..core.option import Level, Task
+from ..core.profile import ClusterProfile, HostSpeed, Link, PairRate, RoutineCost
 from ..core.progress import print_progress
 from ..runtime.routines import ROUTINES
 from .fit import fit_line
 from .link_contention import measure_link_contention
-from .measure import QUICK, THOROUGH, Effort, Progress, measure
-from .probes import Buffers, largest, link_pairs, link_probe, one_way, routine_probe, scopes
+from .measure import QUICK, THOROUGH, Effort, Progress, Timing, measure, part
+from .pairs import ends_of
+from .probes import Buffers, Scope, largest, link_pairs, link_probe, one_way, routine_probe, scopes
+from .raw_mpi import measure_raw_mpi
+from .remarks import remarks
 from .rendezvous import Ranks, joined
+from .stragglers import Abilities, measure_abilities
 
 _TIMEOUT_S = 120.0
 
 
 def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress, threads: int | None = None) -> ClusterProfile:
-    """Measure the routines at every level and the links; called by all ranks together, which get the same profile.
+    """Measure the routines at every level, links, hosts and MPI itself; called by all ranks together, which get the same profile.
 
     Raises:
         SyncError: an operation failed or ran past the deadline; other ranks then fail too.
     """
+    begin = time.perf_counter()
     buffers = Buffers(ranks)
     pairs = link_pairs(ranks)
     cells = [(scope, task) for scope in scopes(ranks) for task in ROUTINES]
     probes = [routine_probe(task, scope, ranks, buffers) for scope, task in cells]
     probes += [link_probe(level, pair, ranks, buffers) for level, pair in pairs.items()]
     try:
+        progress(0.0, "contention")
         contention = measure_link_contention(ranks, threads or torch.get_num_threads())
-        measured = measure(probes, effort, lambda seconds: largest(ranks, list(seconds)), progress)
-    except RuntimeError as error:  # torch's one kind for everything that may go wrong between ranks
+        measured = measure(probes, effort, lambda seconds: largest(ranks, list(seconds)), part(progress, 0.1, 0.8))
+        routines = tuple(_routine(scope, task, times) for (scope, task), times in zip(cells, measured, strict=False))
+        links = {level: _link(times) for level, times in zip(pairs, measured[len(cells) :], strict=True)}
+        able = measure_abilities(ranks, links.get(Level.INTER), buffers, part(progress, 0.8, 0.9))
+        mpi = measure_raw_mpi(ranks, part(progress, 0.9, 1.0))
+        (took_s,) = largest(ranks, [time.perf_counter() - begin])
+    except RuntimeError as error:  # torch's and MPI's one kind for everything that may go wrong between ranks
         raise SyncError(f"measuring failed: {error}") from error
-    links = {level: one_way(times) for level, times in zip(pairs, measured[len(cells) :], strict=True)}
+    progress(1.0, "done")
     return ClusterProfile(
         backend=ranks.backend,
         hosts=ranks.hosts,
         ranks_per_node=ranks.ranks_per_node,
         contention=contention,
-        links={level: Link(**fit_line(list(times), list(times.values()))._asdict()) for level, times in links.items()},
-        routines=tuple(
-            RoutineCost(
-                routine=task,
-                level=scope.level,
-                ranks=scope.size,
-                groups=scope.groups,
-                nbytes=tuple(times),
-                seconds=tuple(times.values()),
-                **fit_line(list(times), list(times.values()))._asdict(),
-            )
-            for (scope, task), times in zip(cells, measured, strict=False)
-        ),
+        links=links,
+        routines=routines,
+        facts=ranks.facts,
+        speeds=_speeds(able, len(ranks.hosts)),
+        pairs=tuple(PairRate(sender=a, receiver=b, bytes_per_s=rate) for (a, b), rate in sorted(able.rates.items())),
+        mpi=mpi,
+        remarks=tuple(remarks(ranks.hosts, able, links, ClusterKind.of(ranks.backend, ranks.facts) if ranks.facts else None)),
+        took_s=took_s,
+    )
+
+
+def _routine(scope: Scope, task: Task, times: Mapping[int, Timing]) -> RoutineCost:
+    seconds = [timing.seconds for timing in times.values()]
+    return RoutineCost(
+        routine=task,
+        level=scope.level,
+        ranks=scope.size,
+        groups=scope.groups,
+        nbytes=tuple(times),
+        seconds=tuple(seconds),
+        spread=tuple(timing.spread for timing in times.values()),
+        **fit_line(list(times), seconds)._asdict(),
+    )
+
+
+def _link(times: Mapping[int, Timing]) -> Link:
+    seconds = one_way({nbytes: timing.seconds for nbytes, timing in times.items()})
+    return Link(
+        nbytes=tuple(seconds),
+        seconds=tuple(seconds.values()),
+        spread=tuple(timing.spread for timing in times.values()),
+        **fit_line(list(seconds), list(seconds.values()))._asdict(),
+    )
+
+
+def _speeds(able: Abilities, hosts: int) -> tuple[HostSpeed, ...]:
+    ends = ends_of(able.rates, hosts) if able.rates else [None] * hosts
+    return tuple(
+        HostSpeed(up_bytes_per_s=end and end.up, down_bytes_per_s=end and end.down, products_per_s=products)
+        for end, products in zip(ends, able.products_per_s, strict=True)
     )
 
 
@@ -88,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             profile = profile_cluster(ranks, QUICK if arguments.quick else THOROUGH, progress, arguments.threads)
             if ranks.rank == 0:
                 profile.save(arguments.output)
-                print(f"{arguments.output}: {summary(profile)}", flush=True)
+                print(f"{arguments.output}: {summary(profile)}", *profile.remarks, sep="\n  ", flush=True)
     except EspressoError as error:
         print(f"espresso profile cluster: {error}", file=sys.stderr, flush=True)
         return 1

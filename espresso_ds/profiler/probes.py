@@ -102,7 +102,7 @@ def routine_probe(task: Task, scope: Scope, ranks: Ranks, buffers: Buffers) -> P
     start = _starter(task, scope, buffers)
 
     def run(nbytes: int, count: int) -> float:
-        _align(ranks)
+        align(ranks)
         begin = time.perf_counter()
         for number in range(count if scope.joins else 0):
             start(nbytes, number % scope.size).wait(ranks.timeout_s)
@@ -130,7 +130,7 @@ def link_probe(level: Level, pair: tuple[int, int], ranks: Ranks, buffers: Buffe
     group = ranks.group
 
     def run(nbytes: int, count: int) -> float:
-        _align(ranks)
+        align(ranks)
         begin = time.perf_counter()
         message = buffers.given[:nbytes]
         for _ in range(count if ranks.rank in pair else 0):
@@ -179,7 +179,7 @@ def _starter(task: Task, scope: Scope, buffers: Buffers) -> Callable[[int, int],
     }[task]
 
 
-def _align(ranks: Ranks) -> None:
+def align(ranks: Ranks) -> None:
     """Let all ranks start together. A tiny allreduce does it with every backend, and keeps no thread busy."""
     routines.allreduce(torch.zeros(1, device=ranks.device), ranks.group).wait(ranks.timeout_s)
     _settle(ranks)

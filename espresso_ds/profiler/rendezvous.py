@@ -1,4 +1,4 @@
-"""Find the other ranks, started by mpirun or by a launcher with torchrun's variables, and join them in one torch group.
+"""Find the other ranks, started by mpirun, srun or a launcher with torchrun's variables, and join them in one torch group.
 
 Under mpirun, rank 0 opens a store on a free port and MPI tells the others where. Which of rank 0's addresses to use is not
 guessed: each rank tries them all, and the first that every rank reached is taken.
@@ -13,13 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from ..core.errors import MismatchError, SyncError, UnsupportedError
+from ..core.host_facts import this_host
+from ..core.hosts import Host
 from ..core.option import Level
+from .mpi_world import Place, communicator, place_without_mpi
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CONNECT_S = 3.0
@@ -38,6 +42,10 @@ class Ranks:
     timeout_s: float
     levels: Mapping[Level, dist.ProcessGroup] = field(default_factory=dict)
     """This rank's groups inside its node and across the nodes; empty where `members` is."""
+    facts: tuple[Host, ...] = ()
+    """One for each of `hosts`, as the first of its ranks tells."""
+    comm: Any = None
+    """mpi4py's COMM_WORLD with the same ranks, where MPI started them."""
 
     @property
     def world_size(self) -> int:
@@ -80,8 +88,12 @@ def joined(backend: str | None, timeout_s: float) -> Iterator[Ranks]:
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     timeout = timedelta(seconds=timeout_s)
     try:
-        store, rank, world = _from_environment(timeout) if all(map(os.environ.get, _ENVIRONMENT)) else _from_mpi(timeout)
-        told = _exchange(store, rank, world, {"host": _processor(), "backend": backend, "fault": _gloo_fault()})
+        addressed = all(map(os.environ.get, _ENVIRONMENT))
+        place = None if addressed else place_without_mpi()
+        comm = None if addressed or place else communicator()
+        store, rank, world = _from_environment(place, timeout) if comm is None else _from_mpi(comm, timeout)
+        facts = this_host(_processor(), backend).model_dump(mode="json")
+        told = _exchange(store, rank, world, {"host": _processor(), "backend": backend, "fault": _gloo_fault(), "facts": facts})
         _leave(store, rank, world, "exchange")  # each rank may now raise what it finds
         hosts, per_node = _check(told)
         device = torch.device("cpu")
@@ -94,7 +106,8 @@ def joined(backend: str | None, timeout_s: float) -> Iterator[Ranks]:
     try:
         group = dist.group.WORLD
         assert group is not None
-        ranks = Ranks(group, rank, backend, device, hosts, per_node, timeout_s)
+        made_of = tuple(Host.read({**each["facts"], "slots": per_node}, each["host"]) for each in told[::per_node])
+        ranks = Ranks(group, rank, backend, device, hosts, per_node, timeout_s, facts=made_of, comm=comm)
         yield replace(ranks, levels=_level_groups(ranks, timeout))
         _leave(store, rank, world, "group")
     finally:
@@ -130,7 +143,7 @@ def layout(names: Sequence[str]) -> tuple[tuple[str, ...], int]:
     return hosts, per_node
 
 
-def _check(told: list[dict[str, str]]) -> tuple[tuple[str, ...], int]:
+def _check(told: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], int]:
     """What all ranks told, checked by each of them alike."""
     hosts, per_node = layout([each["host"] for each in told])
     for rank, each in enumerate(told):
@@ -162,19 +175,18 @@ def _leave(store: dist.Store, rank: int, world: int, what: str) -> None:
         store.get(f"espresso/{what}/all_left")
 
 
-def _from_environment(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+def _from_environment(place: Place | None, timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Meet at the address of torchrun's variables, or at `place`."""
+    found = (
+        dist.rendezvous("env://", timeout=timeout)
+        if place is None
+        else dist.rendezvous(f"tcp://{place.host}:{place.port}", place.rank, place.size, timeout=timeout)
+    )
+    store, rank, world = next(found)
     return dist.PrefixStore("espresso-profile", store), rank, world
 
 
-def _from_mpi(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and finds no MPI library
-        raise UnsupportedError(
-            f"no MPI here ({error}); install it with `pip install espresso-ds[mpi]` or as a system package, or start by torchrun"
-        ) from error
-    comm = MPI.COMM_WORLD
+def _from_mpi(comm: Any, timeout: timedelta) -> tuple[dist.Store, int, int]:
     rank, world = comm.Get_rank(), comm.Get_size()
     store = dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False) if rank == 0 else None
     port, addresses = comm.bcast((store.port, _addresses()) if store is not None else None)
