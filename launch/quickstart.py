@@ -110,6 +110,7 @@ def main() -> None:
     options = ["--ds-config", CONFIG, *where, *CODEC, "-o", str(plan)]
     prepare = ["espresso", "prepare", *options, *script(args.seeds[0])]
     run_logged(wrap(prepare, None), home / "prepare.log", env, "espresso prepare", console)
+    env["ESPRESSO_GUARD"] = "0"  # every step shall be the plan's: both runs are compared here
     trace = home / "run-trace.json"
     env["ESPRESSO_TRACE_RUN"] = str(trace)  # of the last run
     planned = [train("planned", seed, ["--espresso_config", str(plan)]) for seed in args.seeds]

@@ -10,8 +10,10 @@ import pytest
 from jobs import BIN, TESTS, environment, run
 from plans import plan_for, with_plan
 
+from espresso_ds.cli import main
 from espresso_ds.core.plan import load_plan_file
 from espresso_ds.core.profile import ModelTrace
+from espresso_ds.integrations import boot
 
 pytestmark = pytest.mark.slow
 TINY = TESTS / "scripts" / "tiny.py"
@@ -144,6 +146,13 @@ def test_a_failing_script_is_shown(tmp_path):
     done = run([ESPRESSO, "trace", "--ranks", 2, "--master-port", PORT, TINY, "--no-such-flag"], cwd=tmp_path)
     assert done.returncode == 1
     assert "unrecognized arguments: --no-such-flag" in done.stdout
+
+
+def test_tracing_without_the_hook_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(boot, "hook_file_installed", lambda: False)
+    with pytest.raises(SystemExit, match="install-hook"):
+        main(["trace", "--ranks", "1", "-o", str(tmp_path / "trace.json"), "train.py"])
+    assert not any(tmp_path.iterdir())
 
 
 def test_trace_of_a_hugging_face_model(tmp_path):

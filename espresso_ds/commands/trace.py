@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
-from ..core.errors import FileError
+from ..core.errors import FileError, UnsupportedError
 from ..core.profile import ModelTrace
+from ..integrations import boot
 from ..profiler.mpi_world import SRUN
 from .as_rank import rank_variables
 from .job import Report, Reporter, run_job
@@ -73,6 +75,8 @@ def _check_script(args: argparse.Namespace) -> None:
         raise FileError("which script? give it and its arguments last: `espresso trace [options] train.py ARGS`")
     if args.steps < 1:
         raise FileError(f"--steps {args.steps}: time at least one step")
+    if not boot.hook_file_installed():  # some ranks might then train on while others trace, and wait for each other
+        raise UnsupportedError(f"{sys.prefix} has no start-up hook, so scripts are not traced; run `espresso install-hook`")
 
 
 def _environment(args: argparse.Namespace, out: Path) -> dict[str, str]:

@@ -241,7 +241,7 @@ def _compressor(settings: CompressorSettings, engine: Any) -> Compressor | LowRa
         settings.feedback,
         dtype,
         momentum=settings.momentum,
-        clip=None if settings.clip is None else settings.clip / scaling_of(engine).after,  # of the sum that is sent
+        clip=settings.clip,  # what is compressed is scaled before: its sum is the result
         world_size=dist.get_world_size(),
         reversible=must_reverse(settings.feedback, precision),
     )

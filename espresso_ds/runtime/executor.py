@@ -157,6 +157,10 @@ class Executor:
             self._carriers.pop(index, None)
             self._low_rank.pop(index, None)
 
+    def keeps_scale(self, unit: Unit) -> bool:
+        """Whether the sum of gradients half as large would be half the sum, but for rounding. Not where only signs are sent."""
+        return unit.index in self._low_rank or _keeps_scale(self._compressors[unit.index].codec)
+
     def lanes_of(self, unit: Unit) -> int:
         """Number of the lane on which the unit's next step ends."""
         return PLAIN_LANES if self._plain is not None and unit.index in self._plain.sent else unit.steps
@@ -222,7 +226,11 @@ def may_be_plain(compressor: Compressor | LowRankCompressor) -> bool:
     where the codec keeps no scale (SignSGD), to which the learning rate has been fitted.
     """
     codec = compressor.codec
-    return compressor.feedback.mode != "dgc" and (isinstance(codec, PowerSGD) or codec.contractive or codec.unbiased)
+    return compressor.feedback.mode != "dgc" and (isinstance(codec, PowerSGD) or _keeps_scale(codec))
+
+
+def _keeps_scale(codec: Codec) -> bool:
+    return codec.contractive or codec.unbiased
 
 
 def unfit(codec: Codec | PowerSGD, option: Option, mode: FeedbackMode = "none") -> str | None:
@@ -230,5 +238,4 @@ def unfit(codec: Codec | PowerSGD, option: Option, mode: FeedbackMode = "none") 
     if isinstance(codec, PowerSGD) or option.low_rank:
         fits = not option.compresses or (isinstance(codec, PowerSGD) and option.low_rank)
         return None if fits else f"P and Q are the tasks of {PowerSGD.name}, C is that of all others"
-    keeps_scale = codec.contractive or codec.unbiased
-    return option.unfit_for(summable=may_sum(codec, mode), votes=codec.votes, keeps_scale=keeps_scale)
+    return option.unfit_for(summable=may_sum(codec, mode), votes=codec.votes, keeps_scale=_keeps_scale(codec))

@@ -29,6 +29,10 @@ class Scaling:
     before: float
     after: float
 
+    def first(self) -> Scaling:
+        """All of it before the sum: where a gradient is copied anyway, this takes no pass over memory of its own."""
+        return Scaling(self.before * self.after, 1.0)
+
 
 @dataclass
 class Member:
@@ -73,6 +77,7 @@ class Synchroniser:
         self._submitted = 0
         self._jobs: list[Job] = []
         self._buffers = {number: self._new_buffer(number) for number in range(len(units)) if self._needs_buffer(number)}
+        self._views = {number: self._views_of(number) for number in self._buffers if self._takes_gradients(number)}
         self._lock = threading.Lock()
         self._began_ns: int | None = None
         self.step = 0
@@ -138,6 +143,9 @@ class Synchroniser:
             step, self.step = self.step, self.step + 1
         self._lanes.wait(jobs)
         streams.join(self._units[0][1][0].param.device)
+        for number, views in self._views.items():
+            for member, view in zip(self._units[number][1], views, strict=True):
+                member.param.grad = view
         if self._recorder is not None:
             self._recorder.training.mark(Mark.FLUSH, step, start_ns=start_ns)
 
@@ -160,27 +168,29 @@ class Synchroniser:
         start_ns = time.perf_counter_ns()
         chunks, _ = self._units[number]
         chunk, numel = chunks[place], sum(chunk.numel for chunk in chunks)
+        scaling = self._scaling.first() if chunk.option.compresses and self._executor.keeps_scale(chunk) else self._scaling
         streams.wait(mark)
         buffer = self._buffer(number, grads)
         parts = buffer[:numel].split([grad.numel() for grad in grads])
-        elsewhere = [(part, grad) for part, grad in zip(parts, grads, strict=True) if part.data_ptr() != grad.data_ptr()]
-        if place == 0:
-            for part, grad in elsewhere:
-                part.view(grad.shape).copy_(grad)
+        elsewhere = [part.data_ptr() != grad.data_ptr() for part, grad in zip(parts, grads, strict=True)]
+        if place == 0 and number in self._buffers:
+            for part, grad, apart in zip(parts, grads, elsewhere, strict=True):
+                _bring(grad, part.view(grad.shape), scaling.before, apart)
             buffer[numel:].zero_()
         start = sum(before.numel for before in chunks[:place])
         x = buffer[start : start + self._executor.buffer_numel(chunk)]
-        if self._scaling.before != 1.0:
-            x.mul_(self._scaling.before)
+        if number not in self._buffers and scaling.before != 1.0:
+            x.mul_(scaling.before)
         if self._recorder is not None:
             self._recorder.lane(0).mark(Mark.COPY_IN, step, chunk.index, start_ns)
         yield from self._executor.run(chunk, x, step)
         start_ns = time.perf_counter_ns()
-        if self._scaling.after != 1.0:
-            x.mul_(self._scaling.after)
-        if chunk is chunks[-1]:
-            for part, grad in elsewhere:
-                grad.copy_(part.view(grad.shape))
+        if scaling.after != 1.0:
+            x.mul_(scaling.after)
+        if chunk is chunks[-1] and number not in self._views:
+            for part, grad, apart in zip(parts, grads, elsewhere, strict=True):
+                if apart:
+                    grad.copy_(part.view(grad.shape))
         if self._recorder is not None:
             writer = self._recorder.lane(self._executor.lanes_of(chunk))
             writer.mark(Mark.COPY_OUT, step, chunk.index, start_ns)
@@ -204,11 +214,31 @@ class Synchroniser:
         device = self._units[number][1][0].param.device
         return torch.empty(self._buffer_numel(number), dtype=self._dtype(number), device=device)
 
+    def _takes_gradients(self, number: int) -> bool:
+        """Whether parts of the unit's buffer can be the gradients when the sum is there, so that nothing is copied back."""
+        return all(member.param.dtype == self._dtype(number) for member in self._units[number][1])
+
+    def _views_of(self, number: int) -> list[Tensor]:
+        params = [member.param for member in self._units[number][1]]
+        numels = [param.numel() for param in params]
+        parts = self._buffers[number][: sum(numels)].split(numels)
+        return [part.view(param.shape) for part, param in zip(parts, params, strict=True)]
+
     def _buffer_numel(self, number: int) -> int:
         return sum(map(self._executor.buffer_numel, self._units[number][0]))  # only the last chunk may have padding
 
     def _dtype(self, number: int) -> torch.dtype:
         return self._units[number][0][0].dtype(self._wire_dtype)
+
+
+def _bring(grad: Tensor, part: Tensor, factor: float, apart: bool) -> None:
+    """Write `factor` times a gradient to its part of the unit's buffer, which may be the gradient itself."""
+    if apart and (factor == 1.0 or grad.dtype != part.dtype):
+        part.copy_(grad)
+    elif apart:
+        torch.mul(grad, factor, out=part)
+    if factor != 1.0 and not (apart and grad.dtype == part.dtype):
+        part.mul_(factor)
 
 
 def _gradient(param: torch.nn.Parameter) -> Tensor:
