@@ -11,7 +11,8 @@ from planner_cases import cluster_of
 from espresso_ds.core.errors import FileError
 from espresso_ds.core.option import ROUTINES, Level, Task
 from espresso_ds.core.profile import Link
-from espresso_ds.planner.routine_models import Layout, layouts, nominal_cluster, rescaled, rounds, traffic
+from espresso_ds.planner.routine_models import layouts, nominal_cluster, rescaled
+from espresso_ds.planner.routine_traffic import UNEVEN, Layout, rounds, traffic
 
 INTRA = Link(alpha_s=2e-5, beta_s_per_byte=8 / 100e9, fit_error=0.0)
 INTER = Link(alpha_s=1.5e-4, beta_s_per_byte=8 / 25e9, fit_error=0.0)
@@ -54,11 +55,48 @@ def test_traffic_of_one_group_is_what_its_messages_carry(task, n, m):
     assert traffic(task, Layout(n, m)) == pytest.approx((nic * share, gpu * share))
 
 
+@pytest.mark.parametrize("task", sorted(ROUTINES - {Task.BROADCAST}))
 @pytest.mark.parametrize(("n", "m"), SHAPES)
-def test_the_runtimes_reduce_scatter_over_gloo_is_an_alltoall(n, m):
-    sent, share = messages(Task.ALLTOALL, n * m)
-    nic, gpu = busiest(sent, [rank // m for rank in range(n * m)])
-    assert traffic(Task.REDUCE_SCATTER, Layout(n, m), "gloo") == pytest.approx((nic * share, gpu * share))
+def test_traffic_over_gloo_is_what_its_messages_carry(task, n, m):
+    """A reduce-scatter is an alltoall; a reduce is a ring of shards, then a gather of them."""
+    p = n * m
+    sent, share = messages(Task.ALLTOALL if task is Task.REDUCE_SCATTER else task, p)
+    phases = [sent]
+    if task is Task.REDUCE:  # one after the other
+        phases, share = [ring(p, 1), [(r, 0) for r in range(1, p)]], 1 / p
+    node_of = [rank // m for rank in range(p)]
+    nic, gpu = (share * sum(most) for most in zip(*(busiest(phase, node_of) for phase in phases), strict=True))
+    if n > 2 and task in (Task.ALLTOALL, Task.REDUCE_SCATTER):
+        nic *= UNEVEN
+    assert traffic(task, Layout(n, m), "gloo") == pytest.approx((nic, gpu))
+
+
+@pytest.mark.parametrize("p", range(2, 40))
+def test_a_broadcast_over_gloo_ends_when_a_fluid_simulation_ends(p):
+    """Whole messages down a binomial tree; what a rank sends at once shares its card, what it receives is one message."""
+    left, sender, done = {}, {}, {0: 0.0}
+
+    def starts(rank):
+        for bit in range(16):  # in step `bit` whoever has a lower number than 2^bit gives to the one 2^bit further
+            if rank < 1 << bit and rank + (1 << bit) < p:
+                left[rank + (1 << bit)], sender[rank + (1 << bit)] = 1.0, rank
+
+    now = 0.0
+    starts(0)
+    while left:
+        sending = Counter(sender[rank] for rank in left)
+        step = min(left[rank] * sending[sender[rank]] for rank in left)
+        now += step
+        for rank in list(left):
+            left[rank] -= step / sending[sender[rank]]
+        for rank in [rank for rank in left if left[rank] < 1e-9]:
+            del left[rank]
+            done[rank] = now
+            starts(rank)
+    assert len(done) == p
+    assert traffic(Task.BROADCAST, Layout(p, 1), "gloo").nic == pytest.approx(now)
+    assert traffic(Task.BROADCAST, Layout(p, 3, groups=2), "gloo").nic == pytest.approx(6 * now)
+    assert traffic(Task.BROADCAST, Layout(1, p), "gloo") == (0, pytest.approx(now))
 
 
 @pytest.mark.parametrize("task", sorted(ROUTINES))
@@ -158,13 +196,13 @@ def test_rescaling_a_nominal_cluster_gives_the_other_nominal_cluster(shape, chan
 
 @given(measured(), st.sampled_from([1 / 64, 1 / 3, 1, 5, 100]), st.integers(1, 300))
 def test_more_bandwidth_is_never_slower_and_more_nodes_never_faster(cluster, speed, more):
-    """But for flat alltoalls that links inside nodes limit: the more nodes, the fewer of their rows stay inside."""
+    """But for flat routines that links inside nodes limit and of whose rows the fewer stay inside, the more nodes there are."""
     assume(cluster.nodes > 1)
     base, faster = rescaled(cluster, inter_speed=speed), rescaled(cluster, inter_speed=2 * speed)
     larger = rescaled(cluster, inter_speed=speed, nodes=cluster.nodes + more)
     for one, other in ((faster, base), (base, larger)):
         for quick, slow in zip(one.routines, other.routines, strict=True):
-            pairwise = quick.routine in (Task.ALLTOALL, Task.REDUCE_SCATTER)  # which is one over gloo
+            pairwise = quick.routine in (Task.ALLTOALL, Task.REDUCE_SCATTER, Task.REDUCE)  # the last two by rows over gloo
             if other is larger and pairwise and quick.level is Level.FLAT and speed > 1:
                 continue
             assert all(q <= s * (1 + 1e-12) for q, s in zip(quick.seconds, slow.seconds, strict=True))
@@ -219,3 +257,20 @@ def test_senseless_changes_are_named(change):
 def test_rounds_are_logarithmic(task):
     once = rounds(task, 2)
     assert [rounds(task, p) / once for p in (1, 2, 4, 1024)] == [1, 1, 2, 10]
+
+
+def test_rounds_over_gloo_are_messages_one_after_another():
+    """A ring's steps by walking round it; everything else by what one rank sends and receives in turn."""
+    for p in (2, 3, 4, 8, 1024):
+        found = {task: rounds(task, p, "gloo") for task in ROUTINES}
+        assert found[Task.ALLGATHER] == len(ring(p, 1)) / p and found[Task.ALLREDUCE] == len(ring(p, 2)) / p
+        assert found[Task.ALLTOALL] == found[Task.REDUCE_SCATTER] == p - 1
+        assert found[Task.REDUCE] == len(ring(p, 1)) / p + (p - 1)
+        assert found[Task.GATHER] == 2 * (p - 1) / p  # p - 1 messages that leave one rank and reach another, p ranks
+        assert 2 ** (found[Task.BROADCAST] - 1) < p <= 2 ** found[Task.BROADCAST]
+    assert {rounds(task, 1, "gloo") for task in ROUTINES} == {1, 2}  # allreduce counts twice, as over other backends
+
+
+def test_on_one_node_nothing_waits_for_the_network():
+    one = costs(rescaled(nominal_cluster(8, 8, INTRA, INTER), nodes=1))[Task.ALLGATHER, Level.FLAT, 8, 1]
+    assert one.alpha_s == pytest.approx(INTRA.alpha_s * 3 / 6)

@@ -1,97 +1,18 @@
-"""Alpha-beta models of the routines over nodes x GPUs: clusters from nominal figures, measured ones with other nodes or links.
-
-A routine takes rounds * latency + nbytes * max(nic * beta_inter, gpu * beta_intra) seconds. `nbytes` is what one rank puts in
-(see `RoutineCost`), `nic` the bytes through the busiest network card and `gpu` those through the busiest rank's link inside its
-node, in the busier direction and per byte of `nbytes`; all links are full duplex. The beta of a `Link` is the seconds per byte
-of one rank's link inside its node (intra) and of one node's card, which all its ranks share (inter). For a group of p = n m
-ranks, m on each of n nodes, numbered node by node, of which k groups use the cards at once:
-
-| routine | rounds   | nic (n > 1)   | gpu (m > 1) | algorithm behind the bytes                                           |
-|---------|----------|---------------|-------------|----------------------------------------------------------------------|
-| AR      | 2 log2 p | 2 k (p-1)/p   | 2 (p-1)/p   | reduce-scatter and allgather (Rabenseifner)                          |
-| RS      | log2 p   | k (p-1)/p     | (p-1)/p     | ring: a node has one neighbour on either side                        |
-| AG      | log2 p   | k (p-1)       | p-1         | ring, of whole payloads                                              |
-| A2A     | log2 p   | k m (n-1)/n   | (m-1)/p     | pairwise exchange: each of the m ranks sends p-m of its p rows away  |
-| RD      | log2 p   | k             | 1           | pipelined along the ranks: everything once into and out of each rank |
-| BC      | log2 p   | k             | 1           | the same, the other way                                              |
-| GA      | log2 p   | k (p-m)       | m-1         | every payload straight to the root, where it is the slowest          |
-
-nic is 0 where n = 1, gpu where m = 1. Rounds are those of the logarithmic algorithms for short messages and bytes those of the
-bandwidth-optimal ones for long messages, from Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication
-Operations in MPICH", IJHPCA 19(1), 2005; theirs count one rank per node, and the two columns of bytes count the same algorithms'
-messages over m ranks per node. Reduce and broadcast are counted as pipelined, at half of the 2 (p-1)/p of the paper's two phases,
-which a full-duplex link can overlap. A group of one rank has one round, the call itself. Over gloo the runtime sends a
-reduce-scatter as an alltoall, and its bytes are those of A2A.
-
-Levels (E 4.2): flat is one group of all N g ranks (n = N, m = g); intra a group inside every node (n = 1, m = g); inter a group
-of one rank of every node (n = N, m = 1), with k = g of them at once after a step that left every local rank a shard, and k = 1
-after one that left the node's root everything. The roots of k simultaneous groups are taken to be on one node.
-"""
+"""Clusters from nominal figures, and measured ones with other nodes or links, by the models of `routine_traffic`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..core.errors import FileError
 from ..core.option import ROUTINES, Level, Task
 from ..core.profile import ClusterProfile, Link, RoutineCost
+from .routine_traffic import Layout, Traffic, rounds, traffic
 
 _SIZES = (1 << 10, 1 << 20, 1 << 30)
 _LEAST_S = 1e-9  # profiles hold no zero times; less than a clock can tell
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the ranks of one group are."""
-
-    nodes: int
-    per_node: int
-    groups: int = 1
-    """How many such groups run at once and share each node's card."""
-
-    @property
-    def ranks(self) -> int:
-        """Ranks of one group."""
-        return self.nodes * self.per_node
-
-
-class Traffic(NamedTuple):
-    """Bytes through the busiest card and through the busiest rank's link inside its node, per byte that one rank puts in."""
-
-    nic: float
-    gpu: float
-
-
-_NIC: dict[Task, Callable[[int, int], float]] = {
-    Task.ALLREDUCE: lambda n, m: 2 * (n * m - 1) / (n * m),
-    Task.REDUCE_SCATTER: lambda n, m: (n * m - 1) / (n * m),
-    Task.ALLGATHER: lambda n, m: n * m - 1,
-    Task.ALLTOALL: lambda n, m: m * (n - 1) / n,
-    Task.REDUCE: lambda n, m: 1,
-    Task.BROADCAST: lambda n, m: 1,
-    Task.GATHER: lambda n, m: (n - 1) * m,
-}
-_GPU: dict[Task, Callable[[int, int], float]] = {
-    **_NIC,  # a ring's or pipeline's hop inside a node carries what its hop between nodes carries
-    Task.ALLTOALL: lambda n, m: (m - 1) / (n * m),
-    Task.GATHER: lambda n, m: m - 1,
-}
-
-
-def rounds(task: Task, ranks: int) -> float:
-    """Latencies that a routine of `ranks` ranks waits for, one after another."""
-    return max(1.0, math.log2(ranks)) * (2 if task is Task.ALLREDUCE else 1)
-
-
-def traffic(task: Task, layout: Layout, backend: str = "nccl") -> Traffic:
-    """What the busiest links carry; the table above."""
-    if task is Task.REDUCE_SCATTER and backend == "gloo":
-        task = Task.ALLTOALL
-    n, m = layout.nodes, layout.per_node
-    return Traffic(layout.groups * _NIC[task](n, m) if n > 1 else 0.0, _GPU[task](n, m) if m > 1 else 0.0)
 
 
 def layouts(nodes: int, ranks_per_node: int) -> list[tuple[Level, Layout]]:
@@ -143,11 +64,12 @@ def rescaled(
     """The profile that the cluster would have with more or fewer nodes or ranks per node, or with links of other bandwidth.
 
     Every measured time is cut into its latency, the fitted alpha (or all of it, where it took less), and the rest, which is
-    bandwidth. Latency grows as the model's rounds, the rest as the model's bytes times the seconds per byte of the link that
-    limits them. So routines keep what they were measured to lose against the model, and what is not changed stays as it is, to
-    the bit. Which link limits a routine over both kinds is judged by the profile's point-to-point links. Assumed: latencies
-    stay when bandwidths change, the network has no bottleneck but the nodes' cards, the library goes on to use algorithms that
-    scale like the table's, and `contention` and every `fit_error` stay as measured.
+    bandwidth. Latency grows as the model's rounds, and on a single node by the ratio of the links' alphas; the rest as the
+    model's bytes times the seconds per byte of the link that limits them. So routines keep what they were measured to lose
+    against the model, and what is not changed stays as it is, to the bit. Which link limits a routine over both kinds is judged
+    by the profile's point-to-point links. Assumed: latencies stay when bandwidths change, every node brings its own cores, the
+    network has no bottleneck but the nodes' cards, the library goes on to use algorithms that scale like the tables', and
+    `contention` and every `fit_error` stay as measured.
 
     Args:
         cluster: as measured.
@@ -213,7 +135,7 @@ def _rescaled_cost(cost: RoutineCost, cluster: ClusterProfile, nodes: int, local
     before = _layout(cost.level, cluster.nodes, cluster.ranks_per_node, cost.groups)
     groups = local if cost.groups == cluster.ranks_per_node and cost.groups > 1 else cost.groups
     after = _layout(cost.level, nodes, local, groups)
-    waits = rounds(cost.routine, after.ranks) / rounds(cost.routine, before.ranks)
+    waits = _latency_ratio(cost, cluster, before, after)
     flow = _flow_ratio(cost, cluster, before, after, speeds)
     return cost.model_copy(
         update={
@@ -229,6 +151,14 @@ def _rescaled_cost(cost: RoutineCost, cluster: ClusterProfile, nodes: int, local
 
 def _layout(level: Level, nodes: int, local: int, groups: int) -> Layout:
     return Layout(1 if level is Level.INTRA else nodes, 1 if level is Level.INTER else local, groups)
+
+
+def _latency_ratio(cost: RoutineCost, cluster: ClusterProfile, before: Layout, after: Layout) -> float:
+    """By which factor the latency of a routine grows. On a single node it no longer waits for the network."""
+    ratio = rounds(cost.routine, after.ranks, cluster.backend) / rounds(cost.routine, before.ranks, cluster.backend)
+    if before.nodes > 1 == after.nodes and len(cluster.links) > 1 and cluster.links[Level.INTER].alpha_s:
+        ratio *= min(1.0, cluster.links[Level.INTRA].alpha_s / cluster.links[Level.INTER].alpha_s)
+    return ratio
 
 
 def _flow_ratio(cost: RoutineCost, cluster: ClusterProfile, before: Layout, after: Layout, speeds: Speeds) -> float:

@@ -1,0 +1,1 @@
+"""The race: plans against plain DeepSpeed, DDP and its hooks, on emulated clusters with slow links."""
