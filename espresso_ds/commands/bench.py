@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import get_args
 
 from pydantic import BaseModel
-from rich.console import Console
 
 from ..core.config import CompressorSettings
 from ..core.errors import FileError, SyncError, UnsupportedError, nearest
@@ -20,6 +19,7 @@ from ..core.option import Level
 from ..core.record import write_json
 from ..profiler.bench_report import BUS_FACTORS, DTYPES, FAULT, Backend, NetReport, NetSettings, read_report
 from .bench_tables import UNITS, codec_tables, kernels_text, net_tables
+from .console import wide_console
 from .job import JobError, Reporter, run_job
 from .launching import add_cluster_arguments, one_of_many, ranks_command
 from .profile import read_codec
@@ -87,7 +87,7 @@ def run_net(args: argparse.Namespace) -> None:
     if report is None:
         return
     if str(args.json) != "-":
-        Console(highlight=False).print(*net_tables(report, args.unit), sep="\n")
+        wide_console(highlight=False).print(*net_tables(report, args.unit), sep="\n")
     _write(report, args.json)
     if wrong := [row for row in report.rows if row.wrong]:
         row = wrong[0]
@@ -142,7 +142,7 @@ def run_codec(args: argparse.Namespace) -> None:
     with Reporter() as told:
         report = bench_codecs(chosen, sizes, args.device, args.threads, args.trials, told)
     if str(args.json) != "-":
-        console = Console(highlight=False)
+        console = wide_console(highlight=False)
         console.print(*kernels_text(report), *codec_tables(report), sep="\n")
     _write(report, args.json)
 

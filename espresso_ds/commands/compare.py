@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from ..core.config import EspressoBlock
 from ..core.plan import Plan, load_plan_file
 from ..core.record import write_json
@@ -20,6 +18,7 @@ from ..planner.chrome import to_chrome
 from ..planner.compare import compare
 from ..planner.measured import measured_timeline, median_step, since_last_step
 from ..planner.timeline import Timeline
+from .console import wide_console
 from .explain import load_timelines
 from .prepare import profile_directory
 
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         return
     from ..planner.compare_render import table
 
-    Console().print(table(found, args.top))
+    wide_console().print(table(found, args.top))
     for path in (args.chrome, args.picture):
         if path is not None:
             print(path)

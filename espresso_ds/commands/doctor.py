@@ -14,7 +14,6 @@ import sysconfig
 from pathlib import Path
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from ..core.errors import EspressoError, UnsupportedError
@@ -22,6 +21,7 @@ from ..core.host_facts import this_host
 from ..core.native import library
 from ..integrations import boot
 from ..profiler.mpi_find import find_launcher
+from .console import wide_console
 
 PACKAGES = ("espresso-ds", "deepspeed", "torch", "transformers", "accelerate", "mpi4py")
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     table = Table("", "what", "found", title=f"espresso doctor ({sys.executable})")
     for name, good, text in rows + optional:
         table.add_row("[green]ok[/]" if good else "[red]no[/]", name, text)
-    Console().print(table)
+    wide_console().print(table)
     bad = [name for name, good, _ in rows if not good]
     if bad:
         raise UnsupportedError(f"not ready: {', '.join(bad)}")

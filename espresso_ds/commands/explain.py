@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from ..core.config import EspressoBlock
 from ..core.plan import Plan, load_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..core.record import write_json
 from ..planner.build import timelines_of
 from ..planner.chrome import to_chrome
+from .console import wide_console
 from .prepare import profile_directory
 
 
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from ..planner.render import draw, explain, explain_path  # brings rich tables and, for pictures, matplotlib
 
     _, block, plan = load_plan_file(args.plan)
-    console = Console()
+    console = wide_console()
     console.print(explain(plan, args.tensor))
     directory = args.profiles or profile_directory(args.plan)
     wanted = [path for path in (args.picture, args.chrome) if path is not None]

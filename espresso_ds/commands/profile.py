@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
-
 from ..core.config import STRENGTH, CompressorSettings
 from ..core.errors import FileError, UnsupportedError
 from ..core.profile import ClusterProfile, CodecProfile, CompressorProfile
 from .cluster_tables import tables
+from .console import wide_console
 from .job import Report, Reporter, run_job
 from .launching import add_cluster_arguments, go_on_in_place, one_of_many, ranks_command
 
@@ -135,7 +134,7 @@ def run_show(args: argparse.Namespace) -> None:
 
 
 def _show(profile: ClusterProfile, picture: Path | None) -> None:
-    Console().print(tables(profile))
+    wide_console().print(tables(profile))
     if picture is not None:
         from ..planner.cluster_render import draw_fit
 

@@ -11,8 +11,6 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
-
 from .. import __version__
 from ..core.errors import FileError
 from ..core.plan import BLOCK, load_plan_file, save_plan_file
@@ -21,6 +19,7 @@ from ..core.run_trace import RunTrace
 from ..planner.refit import Refitted, refit
 from ..planner.refit_profiles import Profiles
 from ..planner.replan import Replanned, replan
+from .console import wide_console
 from .job import Reporter
 from .plan import describe, summary
 from .prepare import profile_directory
@@ -83,7 +82,7 @@ def _show(args: argparse.Namespace, found: Refitted, new: Replanned) -> None:
         return
     from ..planner.refit_render import table
 
-    Console().print(table(found.record))
+    wide_console().print(table(found.record))
     print(f"{args.out}: {describe(new.plan)}")
     if new.kept:
         print("The old decisions are kept: new ones would gain no more than is within the noise, or might lose.")

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from rich.console import Console
-
 from .. import __version__
 from ..core.config import EspressoBlock
 from ..core.errors import FileError
@@ -17,6 +15,7 @@ from ..core.plan import Prediction, load_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..planner.build import make_plan
 from ..planner.what_if import Axis, doublings, geometric, inter_bit_per_s, what_if
+from .console import wide_console
 from .job import Reporter
 from .prepare import profile_directory
 
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(found.model_dump_json(indent=1))
     else:
-        Console().print(table(found))
+        wide_console().print(table(found))
     if args.picture is not None:
         draw(found, args.picture)
         if not args.json:
