@@ -8,9 +8,12 @@ import time
 
 import pytest
 from jobs import BIN, TESTS, environment, run
+from planner_cases import trace_of
 from plans import plan_for, with_plan
 
 from espresso_ds.cli import main
+from espresso_ds.commands import trace
+from espresso_ds.commands.job import JobError
 from espresso_ds.core.plan import load_plan_file
 from espresso_ds.core.profile import ModelTrace
 from espresso_ds.integrations import boot
@@ -153,6 +156,18 @@ def test_tracing_without_the_hook_is_refused(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="install-hook"):
         main(["trace", "--ranks", "1", "-o", str(tmp_path / "trace.json"), "train.py"])
     assert not any(tmp_path.iterdir())
+
+
+def test_a_script_that_fails_after_its_trace_was_written_has_a_trace(tmp_path, monkeypatch, capsys):
+    def traced_and_aborted(command, log, report, env, timeout_s):
+        trace_of([(10, 0.5)]).save(env["ESPRESSO_TRACE_OUT"])
+        raise JobError("terminate called")
+
+    monkeypatch.setattr(trace, "run_job", traced_and_aborted)
+    monkeypatch.setattr(boot, "hook_file_installed", lambda: True)
+    main(["trace", "--ranks", "1", "-o", str(tmp_path / "trace.json"), "train.py"])
+    said = capsys.readouterr()
+    assert "0.00M parameters" in said.out and "terminate called" in said.err
 
 
 def test_trace_of_a_hugging_face_model(tmp_path):

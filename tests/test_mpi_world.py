@@ -180,7 +180,7 @@ def test_an_mpi_of_another_launcher_stops_every_rank_with_both_names(tmp_path, l
 MEET = """
 from espresso_ds.profiler.rendezvous import joined
 with joined("gloo", 60) as ranks:
-    print(ranks.rank, ranks.world_size, ranks.hosts[0], ranks.local_rank, flush=True)
+    print(f"{ranks.rank} {ranks.world_size} {ranks.hosts[0]} {ranks.local_rank}\\n", end="", flush=True)  # in one piece
 """
 
 
