@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from typing import NamedTuple
 from espresso_ds.core.config import EspressoBlock
 from espresso_ds.core.plan import Plan, save_plan_file
 from espresso_ds.core.profile import ClusterProfile, CompressorProfile, ModelTrace
-from espresso_ds.core.record import write_json
 from espresso_ds.planner.baselines import CRIPPLED
 from espresso_ds.planner.build import make_plan
 from espresso_ds.planner.search import best_plan
@@ -117,8 +115,3 @@ def emulate(shape: Shape, rate: str, *command: str, timeout_s: float = 3600.0, s
         raise SystemExit(
             f"{' '.join(words)} ended with {done.returncode}\n{(done.stdout or '')[-4000:]}{(done.stderr or '')[-4000:]}"
         )
-
-
-def save_job(path: Path, **job: object) -> None:
-    """Write what a rank of the race reads."""
-    write_json(path, json.loads(json.dumps(job)))

@@ -21,8 +21,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from .models import Workload
+from .results import BOUND
 
-BOUND = "compute only"
 BUCKET_BYTES = 25 * 2**20
 """DDP's default."""
 POWERSGD_STARTS = 2

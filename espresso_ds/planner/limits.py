@@ -49,7 +49,7 @@ class Limits:
             use.append([_feedback_bytes(choice, menu, precision_of(trace)) for choice in menu.choices])
         if error_budget is not None:
             self._most.append(error_budget * sum(tensor.numel for tensor in trace.tensors))
-            use.append([menu.costs.codecs[c.codec].relative_error if c.option.compresses else 0.0 for c in menu.choices])
+            use.append(menu.losses.tolist())
         classes: dict[tuple[float, ...], int] = {(0.0,) * len(use): _FREE}  # choices that use up the same are of one class
         self._class = np.array(
             [classes.setdefault(each, len(classes)) for each in zip(*use, strict=True)] if use else [0] * len(menu.choices)

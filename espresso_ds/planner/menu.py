@@ -99,6 +99,12 @@ class Menu:
         return self._fronts[numel]
 
     @cached_property
+    def losses(self) -> NDArray[np.float64]:
+        """What an element loses by each choice: the relative error of its codec, 0 where nothing is compressed."""
+        errors = [codec.relative_error for codec in self.costs.codecs]
+        return np.array([errors[c.codec] if c.option.compresses else 0.0 for c in self.choices])
+
+    @cached_property
     def _useful(self) -> Chosen:
         """What is on the front of any size of GRID: a few hundred of the tree's thousands, so that other sizes are quick."""
         return np.unique(np.concatenate([self._front(numel, self.everything) for numel in GRID]))

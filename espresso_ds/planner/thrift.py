@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..core.profile import ModelTrace
 from .limits import Limits
@@ -41,8 +40,7 @@ class _Offer(NamedTuple):
 def _whole(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limits: Limits, limit_s: float) -> list[Unit]:
     """Whole units, cheapest first, so that the time goes as far as it can: uncompressed, or with a codec that loses less."""
     trials = Trials(units, trace, menu)
-    losses = np.array([menu.costs.codecs[c.codec].relative_error if c.option.compresses else 0.0 for c in menu.choices])
-    while offers := sorted(_offers(trials, menu, limits, losses, limit_s)):
+    while offers := sorted(_offers(trials, menu, limits, limit_s)):
         changed: set[int] = set()
         for _, place, choice in offers:
             if place not in changed and trials.time_with(place, choice, limit_s) <= limit_s:
@@ -51,8 +49,9 @@ def _whole(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limits: Limits,
     return trials.units
 
 
-def _offers(trials: Trials, menu: Menu, limits: Limits, losses: NDArray[np.float64], limit_s: float) -> Iterator[_Offer]:
+def _offers(trials: Trials, menu: Menu, limits: Limits, limit_s: float) -> Iterator[_Offer]:
     """For each compressed unit the fastest choice of each smaller loss that keeps the limit."""
+    losses = menu.losses
     for place in trials.places:
         unit, loss = trials.at(place), losses[trials.choice(place)]
         if not unit.option.compresses:

@@ -233,11 +233,12 @@ class Synchroniser:
 
 def _bring(grad: Tensor, part: Tensor, factor: float, apart: bool) -> None:
     """Write `factor` times a gradient to its part of the unit's buffer, which may be the gradient itself."""
-    if apart and (factor == 1.0 or grad.dtype != part.dtype):
-        part.copy_(grad)
-    elif apart:
+    if apart and grad.dtype == part.dtype and factor != 1.0:
         torch.mul(grad, factor, out=part)
-    if factor != 1.0 and not (apart and grad.dtype == part.dtype):
+        return
+    if apart:
+        part.copy_(grad)
+    if factor != 1.0:
         part.mul_(factor)
 
 
