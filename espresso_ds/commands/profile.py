@@ -10,6 +10,7 @@ from typing import get_args
 
 from ..core.config import STRENGTH, CompressorSettings
 from ..core.errors import FileError, UnsupportedError
+from ..core.people import people_seconds
 from ..core.profile import ClusterProfile, CodecProfile, CompressorProfile
 from .cluster_tables import tables
 from .console import wide_console
@@ -189,7 +190,8 @@ def describe_cluster(profile: ClusterProfile) -> str:
         for level, link in profile.links.items()
     )
     size = f"{profile.nodes} hosts x {profile.ranks_per_node} ranks"
-    return f"{size} over {profile.backend}: {links}; contention {profile.contention:.2f}"
+    costs = f"contention {profile.contention:.2f}, handling {people_seconds(profile.handling_s)} a routine"
+    return f"{size} over {profile.backend}: {links}; {costs}"
 
 
 def describe_compressors(profile: CompressorProfile) -> list[str]:

@@ -22,6 +22,11 @@ def kernel(name: str, x: Tensor) -> Callable[..., Any] | None:
     return _kernel(name, "cpu" if x.is_cpu else x.device.type)  # x.device takes a quarter of a microsecond
 
 
+def cpu_kernel(name: str) -> Callable[..., Any] | None:
+    """The function `name` for what is on a CPU."""
+    return _kernel(name, "cpu")
+
+
 @contextmanager
 def asked() -> Iterator[dict[str, bool]]:
     """Which kernels codecs ask for inside the `with` block, by name, and whether they get them; for reports, by one thread."""

@@ -9,10 +9,14 @@ Whoever encodes passes the residual along, so that one pass over memory adds it,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .backend import cpu_kernel
+from .parts import Parts
 
 ALIGNMENT = 16
 """Rows of payload buffers start at multiples of this many bytes, so that any slice can be viewed as any dtype."""
@@ -28,6 +32,9 @@ class Codec(ABC):
     """Set if payloads viewed as this dtype may be added up and then decoded as one (cast, RandomK with a shared seed)."""
     shared_seed: bool = False
     """Whether all ranks must encode with one seed. Others draw better apart: then their errors average out."""
+
+    parts_kernel: ClassVar[str | None] = None
+    """Name of the kernel that encodes, where there is one that reads `Parts` too (the native ones do)."""
 
     @property
     def contractive(self) -> bool:
@@ -62,6 +69,27 @@ class Codec(ABC):
         NaN and Inf in p are never hidden: if any element is not finite, decoding gives at least one value that is not finite.
         All of `kept` is finite even then, but otherwise unspecified: who may skip a step keeps the old residual.
         """
+
+    def kernel_arguments(self, seed: int) -> tuple[object, ...]:
+        """What `parts_kernel` is given last."""
+        return ()
+
+    def encode_parts(
+        self, x: Parts, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None
+    ) -> None:
+        """As `encode`, with the same bytes. Where `reads_parts` says no, elements are brought together first."""
+        if fused := self._parts_encoder():
+            fused(x, residual, kept, payload, *self.kernel_arguments(seed))
+        else:
+            self.encode(x.gather(), payload, seed, residual, kept)
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether `encode_parts` reads elements where they are."""
+        return self._parts_encoder() is not None
+
+    def _parts_encoder(self) -> Callable[..., Any] | None:
+        return cpu_kernel(self.parts_kernel) if self.parts_kernel is not None else None
 
     @abstractmethod
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:

@@ -23,6 +23,7 @@ from .spanwise import Spanwise
 
 class _Cast(Spanwise):
     contractive = True
+    parts_kernel = "cast_encode"
     sum_dtype: torch.dtype
     nan: ClassVar[int]
     """The bits of NaN, which devices convert to different ones."""
@@ -34,8 +35,12 @@ class _Cast(Spanwise):
     def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
         """Round to nearest even."""
         if fused := kernel("cast_encode", x):
-            return fused(x, residual, kept, payload, self.name)
+            return fused(x, residual, kept, payload, *self.kernel_arguments(seed))
         super().encode(x, payload, seed, residual, kept)
+
+    def kernel_arguments(self, seed: int) -> tuple[object, ...]:
+        """The format."""
+        return (self.name,)
 
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Add the values."""

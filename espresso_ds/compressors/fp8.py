@@ -34,6 +34,7 @@ class Fp8(Spanwise):
     format: Literal["e4m3", "e5m2"]
 
     name = "fp8"
+    parts_kernel = "fp8_encode"
     contractive = True
 
     def payload_nbytes(self, numel: int) -> int:
@@ -43,8 +44,12 @@ class Fp8(Spanwise):
     def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
         """Scale and round to nearest even."""
         if fused := kernel("fp8_encode", x):
-            return fused(x, residual, kept, payload, self.format)
+            return fused(x, residual, kept, payload, *self.kernel_arguments(seed))
         super().encode(x, payload, seed, residual, kept)
+
+    def kernel_arguments(self, seed: int) -> tuple[object, ...]:
+        """The format."""
+        return (self.format,)
 
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Add the values."""

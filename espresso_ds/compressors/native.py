@@ -51,11 +51,11 @@ _library = native.declare(
         "espresso_cpu_level": (c_int, []),
         "espresso_cpu_limit": (None, [c_int]),
         "espresso_threads": (None, [c_int, c_int64]),
-        "espresso_sign_encode": (None, [WORD] * 6),
+        "espresso_sign_encode": (None, [WORD] * 7),
         "espresso_sign_decode_sum": (None, [WORD] * 6),
-        "espresso_onebit_encode": (None, [WORD] * 6),
+        "espresso_onebit_encode": (None, [WORD] * 7),
         "espresso_onebit_decode_sum": (None, [WORD] * 6),
-        "espresso_quantize_encode": (None, [WORD] * 8),
+        "espresso_quantize_encode": (None, [WORD] * 9),
         "espresso_quantize_decode_sum": (None, [WORD] * 8),
     }
 )

@@ -16,8 +16,8 @@ from .native_call import WORD, decoder, encoder
 _PLAIN = ("fp16", "bf16", "e4m3", "e5m2", "natural")
 _library = declare(
     {
-        **{f"espresso_{name}_encode": (None, [WORD] * 6) for name in ("fp16", "bf16", "e4m3", "e5m2", "signsgd")},
-        "espresso_natural_encode": (None, [WORD] * 7),
+        **{f"espresso_{name}_encode": (None, [WORD] * 7) for name in ("fp16", "bf16", "e4m3", "e5m2", "signsgd")},
+        "espresso_natural_encode": (None, [WORD] * 8),
         **{f"espresso_{name}_decode_sum": (None, [WORD] * 6) for name in _PLAIN},
         "espresso_signsgd_decode_sum": (None, [WORD] * 7),
     }

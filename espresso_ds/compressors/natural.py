@@ -32,6 +32,7 @@ class Natural(Spanwise):
     """Powers of two."""
 
     name = "natural"
+    parts_kernel = "natural_encode"
     unbiased = True
     contractive = True
 
@@ -42,8 +43,12 @@ class Natural(Spanwise):
     def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
         """Add random bits and cut."""
         if fused := kernel("natural_encode", x):
-            return fused(x, residual, kept, payload, seed)
+            return fused(x, residual, kept, payload, *self.kernel_arguments(seed))
         super().encode(x, payload, seed, residual, kept)
+
+    def kernel_arguments(self, seed: int) -> tuple[object, ...]:
+        """The seed."""
+        return (seed,)
 
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Add the powers."""

@@ -25,6 +25,7 @@ class OneBit(Codec):
     """Signs, each standing for the mean of its side of the block."""
 
     name = "onebit"
+    parts_kernel = "onebit_encode"
 
     @property
     def contractive(self) -> bool:

@@ -39,6 +39,7 @@ class Quantize(Codec):
     range: str = "minmax"
 
     name = "quantize"
+    parts_kernel = "quantize_encode"
 
     @property
     def contractive(self) -> bool:
@@ -52,7 +53,7 @@ class Quantize(Codec):
     def encode(self, x: Tensor, payload: Tensor, seed: int, residual: Tensor | None = None, kept: Tensor | None = None) -> None:
         """A block with NaN or Inf is that of zeros, but for a step of NaN. Kernels write the same bytes as the reference."""
         if fused := kernel("quantize_encode", x):
-            return fused(x, residual, kept, payload, self.bits, self.range == "absmax")
+            return fused(x, residual, kept, payload, *self.kernel_arguments(seed))
         numel, p = x.numel(), blocks.rows(x, residual)
         finite = p.isfinite().all(1)
         p = torch.where(finite[:, None], p, 0.0)
@@ -66,6 +67,10 @@ class Quantize(Codec):
         bits.pack_levels(levels.to(torch.uint8).view(-1)[:numel], self.bits, packed)
         if kept is not None:
             blocks.keep(p - (levels - zero[:, None]) * step[:, None], kept)
+
+    def kernel_arguments(self, seed: int) -> tuple[object, ...]:
+        """Bits, and whether the grid is symmetric."""
+        return (self.bits, self.range == "absmax")
 
     def decode_add(self, payload: Tensor, out: Tensor, seed: int) -> None:
         """Add (q - zero) * step."""

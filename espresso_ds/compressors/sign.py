@@ -26,6 +26,7 @@ class EFSignSGD(Codec):
     """Signs, scaled by the mean magnitude of their block."""
 
     name = "efsignsgd"
+    parts_kernel = "sign_encode"
 
     @property
     def contractive(self) -> bool:

@@ -33,6 +33,7 @@ class SignSGD(Spanwise):
     vote: Literal["majority", "mean"]
 
     name = "signsgd"
+    parts_kernel = "signsgd_encode"
 
     @property
     def votes(self) -> bool:

@@ -141,6 +141,9 @@ class ClusterProfile(FileRecord):
     contention: Seconds = Field(
         0.0, description="seconds by which one second of communication delays the computing that runs at the same time"
     )
+    handling_s: Seconds = Field(
+        0.0, description="by which each routine delays that computing, whatever its size: hooks, threads, calls"
+    )
     links: dict[Level, Link] = Field(description="intra where a node has two ranks, inter where there are two nodes")
     routines: tuple[RoutineCost, ...]
     facts: tuple[Host, ...] = Field((), description="one for each of hosts")

@@ -16,12 +16,13 @@ struct Drawing : Encoding {
 using espresso::Decoding;
 using espresso::Drawing;
 using espresso::over_blocks;
+using espresso::Parts;
 
 extern "C" {
 
-void espresso_natural_encode(const float* x, const void* residual, void* kept, uint8_t* payload, int64_t numel, int64_t narrow,
-                             uint64_t seed) {
-    over_blocks(ESPRESSO_PICK(natural_encode), Drawing{{x, residual, kept, narrow != 0, numel, payload}, seed});
+void espresso_natural_encode(const float* x, const Parts* parts, const void* residual, void* kept, uint8_t* payload,
+                             int64_t numel, int64_t narrow, uint64_t seed) {
+    over_blocks(ESPRESSO_PICK(natural_encode), Drawing{{x, residual, kept, narrow != 0, numel, payload, parts}, seed});
 }
 
 void espresso_natural_decode_sum(const uint8_t* rows, int64_t count, int64_t stride, float* out, int64_t numel, int64_t add) {

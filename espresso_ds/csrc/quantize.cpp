@@ -19,13 +19,14 @@ struct Quantization : Job {
 using espresso::Decoding;
 using espresso::Encoding;
 using espresso::over_blocks;
+using espresso::Parts;
 using espresso::Quantization;
 
 extern "C" {
 
-void espresso_quantize_encode(const float* x, const void* residual, void* kept, uint8_t* payload, int64_t numel, int64_t narrow,
-                              int64_t bits, int64_t symmetric) {
-    const Encoding job{x, residual, kept, narrow != 0, numel, payload};
+void espresso_quantize_encode(const float* x, const Parts* parts, const void* residual, void* kept, uint8_t* payload,
+                              int64_t numel, int64_t narrow, int64_t bits, int64_t symmetric) {
+    const Encoding job{x, residual, kept, narrow != 0, numel, payload, parts};
     over_blocks(ESPRESSO_PICK(quantize_encode), Quantization<Encoding>{job, static_cast<int>(bits), symmetric != 0});
 }
 

@@ -17,13 +17,15 @@ struct Ballot : Encoding {
 using espresso::Ballot;
 using espresso::Decoding;
 using espresso::over_blocks;
+using espresso::Parts;
 
 extern "C" {
 
-void espresso_signsgd_encode(const float* x, const void* residual, void* kept, uint8_t* payload, int64_t numel, int64_t narrow) {
+void espresso_signsgd_encode(const float* x, const Parts* parts, const void* residual, void* kept, uint8_t* payload,
+                             int64_t numel, int64_t narrow) {
     if (numel == 0) return;
     int32_t unsound = 0;
-    over_blocks(ESPRESSO_PICK(signsgd_encode), Ballot{{x, residual, kept, narrow != 0, numel, payload}, &unsound});
+    over_blocks(ESPRESSO_PICK(signsgd_encode), Ballot{{x, residual, kept, narrow != 0, numel, payload, parts}, &unsound});
     const uint32_t unit = unsound ? 0x7FC00000 : 0x3F800000;  // NaN, 1
     std::memcpy(payload, &unit, sizeof unit);
 }

@@ -69,8 +69,9 @@ int espresso_menu_front(void* menu, int64_t numel, int number, const int32_t* ch
     return static_cast<int>(kept.size());
 }
 
-void* espresso_plan_new(int count, const double* ready, double backward, double contention, double link_contention) {
-    return new Plan(count, ready, backward, contention, link_contention);
+void* espresso_plan_new(int count, const double* ready, double backward, double contention, double link_contention,
+                        double handling) {
+    return new Plan(count, ready, backward, contention, link_contention, handling);
 }
 
 void espresso_plan_free(void* plan) { delete static_cast<Plan*>(plan); }

@@ -45,8 +45,9 @@ struct Scratch {
 
 class Plan {
 public:
-    Plan(int count, const double* ready, double backward, double contention, double link_contention)
-        : count_(count), ready_(ready, ready + count), backward_(backward), contention_(contention), walks_(count), states_(count + 1),
+    Plan(int count, const double* ready, double backward, double contention, double link_contention, double handling)
+        : count_(count), ready_(ready, ready + count), backward_(backward), contention_(contention), handling_(handling),
+          walks_(count), states_(count + 1),
           completed_(static_cast<size_t>(count) * LANES, std::numeric_limits<int64_t>::max()), base_(count) {
         scratches_.emplace_back(count);
         ready_.push_back(backward);
@@ -169,7 +170,7 @@ public:
 private:
     int count_;
     std::vector<double> ready_;
-    double backward_, contention_;
+    double backward_, contention_, handling_;
     double rates_[2][2][3] = {};  // of backward, by whether the GPU and the CPU do codec work, and how many links are busy
     std::vector<Walk> walks_;
     std::vector<Walk> kept_;
@@ -280,6 +281,7 @@ private:
                 } else {
                     ++s.upcoming;
                     const Walk& walk = walk_at(unit);
+                    s.progress -= handling_ * walk.routines;
                     if (walk.count > 0) {
                         if (s.in_flight == 0 && s.synced > 0 && s.now > s.synced) s.hidden = unit;
                         ++s.in_flight;

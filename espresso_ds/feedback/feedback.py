@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compressors.base import Codec
+from ..compressors.parts import Parts
 from ..core.config import FeedbackMode
 from ..core.errors import UnsupportedError
 from ..core.memory import ResidualDtype, check_memory, receiver_memory, sender_memory
@@ -89,12 +90,18 @@ class Feedback:
         self._memory = Memory(dtype, reversible)
         self._buffers: dict[tuple[int, torch.device], Tensor] = {}
 
-    def encode(self, codec: Codec, x: Tensor, payload: Tensor, seed: int, site: str, *, recompressed: bool = False) -> None:
+    def reads_parts(self, codec: Codec) -> bool:
+        """Whether `encode` reads elements that lie apart without bringing them together."""
+        return self.mode in ("none", "ef") and codec.reads_parts
+
+    def encode(
+        self, codec: Codec, x: Tensor | Parts, payload: Tensor, seed: int, site: str, *, recompressed: bool = False
+    ) -> None:
         """Compress `x` and what is remembered at `site` into `payload`, and remember what is lost.
 
         Args:
             codec: contractive, unless the mode is "none"; of the same kind for every step of a site.
-            x: float32, shape (n,), contiguous; not changed.
+            x: float32, shape (n,), contiguous, or in parts; not changed.
             payload: uint8, as `Codec.encode` wants it.
             seed: passed on to the codec.
             site: name of the place, unique per tensor, action and row, and among receivers' names too.
@@ -105,6 +112,13 @@ class Feedback:
             UnsupportedError: "dgc" with a codec that has no momentum.
         """
         names = sender_memory(self.mode, recompressed)
+        if isinstance(x, Parts):
+            if self.reads_parts(codec):
+                (residual,), (kept,) = self._memory.turn(site, names, x) if names else ((None,), (None,))
+                codec.encode_parts(x, payload, seed, residual, kept)
+            else:
+                self.encode(codec, x.gather(), payload, seed, site, recompressed=recompressed)
+            return
         if not names:
             codec.encode(x, payload, seed)
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compressors.parts import Parts
 from ..core.errors import MismatchError, UnsupportedError
 
 Tensors = tuple[Tensor, ...]
@@ -42,7 +43,7 @@ class Memory:
         self.reversible = reversible
         self._sites: dict[str, Site] = {}
 
-    def turn(self, name: str, names: tuple[str, ...], x: Tensor) -> tuple[Tensors, Tensors]:
+    def turn(self, name: str, names: tuple[str, ...], x: Tensor | Parts) -> tuple[Tensors, Tensors]:
         """What a site holds, zeros at first, and where to leave what it holds from now on: maybe the same tensors.
 
         Args:
@@ -55,7 +56,9 @@ class Memory:
         """
         site = self._sites.get(name)
         if site is None:
-            site = self._sites[name] = Site(names, tuple(torch.zeros_like(x, dtype=self.dtype) for _ in names))
+            site = self._sites[name] = Site(
+                names, tuple(torch.zeros(x.numel(), dtype=self.dtype, device=x.device) for _ in names)
+            )
         elif site.names != names or site.now[0].numel() != x.numel():
             raise MismatchError(
                 f"feedback: site {name!r} holds {' and '.join(site.names)} of {site.now[0].numel()} elements, what is compressed "

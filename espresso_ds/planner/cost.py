@@ -194,6 +194,7 @@ class Costs:
         self.world = cluster.world_size
         self.element_bytes = WIRE_BYTES[wire_dtype]
         self.link_contention = cluster.contention
+        self.handling_s = cluster.handling_s
         self.codecs: tuple[CodecProfile, ...] = compressors.codecs
         self.contention = max(
             (t.contention for codec in self.codecs for t in codec.devices if t.device is Device.CPU), default=0.0

@@ -17,7 +17,7 @@ _SIGNATURES = {
     "espresso_menu_seconds": (None, (c_void_p, c_int64, c_void_p)),
     "espresso_menu_weigh": (None, (c_void_p, c_int64, c_int, c_void_p, c_void_p)),
     "espresso_menu_front": (c_int, (c_void_p, c_int64, c_int, c_void_p, c_double, c_void_p)),
-    "espresso_plan_new": (c_void_p, (c_int, c_void_p, c_double, c_double, c_double)),
+    "espresso_plan_new": (c_void_p, (c_int, c_void_p, c_double, c_double, c_double, c_double)),
     "espresso_plan_free": (None, (c_void_p,)),
     "espresso_plan_set": (None, (c_void_p, c_void_p, c_int, c_int64, c_int)),
     "espresso_plan_end": (c_double, (c_void_p,)),

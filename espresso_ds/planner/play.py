@@ -24,6 +24,7 @@ def play(
     backward_s: float,
     contention: float,
     link_contention: float,
+    handling_s: float = 0.0,
     log: list[tuple[int, int, int, float, float]] | None = None,
     became_ready: list[float] | None = None,
 ) -> tuple[float, float]:
@@ -38,6 +39,7 @@ def play(
         backward_s: duration of an undisturbed backward.
         contention: seconds by which one second of codec work on the CPU delays the backward.
         link_contention: the same of a busy link.
+        handling_s: seconds by which each routine of a unit that is ready delays the backward, whatever its size.
         log: gets each step as (unit, step, resource, start, end), in the order in which they end.
         became_ready: gets the time at which the slowed-down backward made each unit ready.
     """
@@ -111,6 +113,7 @@ def play(
             else:
                 if became_ready is not None:
                     became_ready.append(now)
+                progress -= handling_s * routines[unit]
                 passed[0] = upcoming
                 serve(0)
         else:

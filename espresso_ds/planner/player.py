@@ -61,7 +61,8 @@ class NativePlayer:
         costs = menu.costs
         self._native, self._menu, self._keep = native, menu.native, menu
         ready = (c_double * len(ready_s))(*ready_s)
-        self._plan = native.espresso_plan_new(len(ready_s), ready, backward_s, costs.contention, costs.link_contention)
+        slowed = costs.contention, costs.link_contention, costs.handling_s
+        self._plan = native.espresso_plan_new(len(ready_s), ready, backward_s, *slowed)
         finalize(self, native.espresso_plan_free, self._plan)
 
     def set(self, unit: int, numel: int, choice: int) -> None:
@@ -186,4 +187,5 @@ class PythonPlayer:
 
     def _play(self, log: list[tuple[int, int, int, float, float]] | None = None) -> tuple[float, float]:
         costs = self._menu.costs
-        return play(self._walks, self._ready, self._backward_s, costs.contention, costs.link_contention, log)
+        slowed = costs.contention, costs.link_contention, costs.handling_s
+        return play(self._walks, self._ready, self._backward_s, *slowed, log)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.option import Level
 from ..core.profile import ModelTrace
 from ..core.run_trace import Mark
 from .cost import LINKS, Costs, Resource
@@ -71,6 +72,9 @@ def fit_compute(
     before_s = trace.forward_s + trace.after_s
     ready = [unit.ready_s for unit in units]
     targets = np.diff([0.0, *ready, max(trace.backward_s, ready[-1])])
+    for number, unit in enumerate(units):
+        routines = sum(isinstance(action.at, Level) for action in unit.option.actions)
+        targets[number + 1] += costs.handling_s * routines * len(unit.pieces(costs.world))
     speed = 1.0
     if known:
         begun = float(np.median([step.whole(Mark.BACKWARD).start_s for step in found.run.steps]))

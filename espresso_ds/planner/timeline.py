@@ -17,7 +17,8 @@ Codec work slows the backward down. On the tensor's own GPU the backward stands 
 that arrives within the backward of a tensor is served at once and not after it). On the CPU both share the cores: while they run
 together each proceeds at 1 / (1 + contention) of its speed, so that a second of codec work delays the backward by `contention`
 seconds (1: they take turns on one core) and takes as much longer itself. A busy link slows the backward in the same way by the
-cluster's own contention, since the network stack needs cores too. Once the backward has ended nothing is delayed.
+cluster's own contention, since the network stack needs cores too, and each routine costs it some time of its own, whatever its
+size: hooks, threads that wake each other, calls. Once the backward has ended nothing is delayed.
 
     F(S) = forward + max(end of backward, end of the last synchronisation) + after
 
@@ -162,7 +163,8 @@ def iteration_time(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> fl
     """F(S) in seconds: the step time with these units, in plan order. Raises FileError (a cost was not measured)."""
     units = [piece for unit in units for piece in unit.pieces(costs.world)]
     walks = [costs.walk(unit.option, unit.numel, unit.codec).lean for unit in units]
-    ends = play(walks, [unit.ready_s for unit in units], trace.backward_s, costs.contention, costs.link_contention)
+    slowed = costs.contention, costs.link_contention, costs.handling_s
+    ends = play(walks, [unit.ready_s for unit in units], trace.backward_s, *slowed)
     return trace.forward_s + max(ends) + trace.after_s
 
 
@@ -174,7 +176,8 @@ def simulate(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> Timeline
     became_ready: list[float] = []
     ready = [unit.ready_s for unit in units]
     lean = [walk.lean for walk in walks]
-    backward_end, synced = play(lean, ready, trace.backward_s, costs.contention, costs.link_contention, log, became_ready)
+    slowed = costs.contention, costs.link_contention, costs.handling_s
+    backward_end, synced = play(lean, ready, trace.backward_s, *slowed, log, became_ready)
     names = [unit.name(trace) for unit in units]
     offset = trace.forward_s
     spans = [

@@ -64,9 +64,9 @@ class Trials:
     def hidden(self) -> int:
         """Property 1 rules out the units at places before this one: they are done before a bubble (E 4.4).
 
-        It does not hold where a busy link slows the backward: to send a hidden unit faster then leaves more to the backward.
+        It does not hold where a busy link, or a routine, slows the backward: a hidden unit sent faster then leaves more to it.
         """
-        if self._menu.costs.link_contention > 0.0:
+        if self._menu.costs.link_contention > 0.0 or self._menu.costs.handling_s > 0.0:
             return 0
         return bisect_left(self._last, self._player.hidden())
 

@@ -24,6 +24,7 @@ from ..core.profile import ClusterProfile, HostSpeed, Link, PairRate, RoutineCos
 from ..core.progress import print_progress
 from ..runtime.routines import ROUTINES
 from .fit import fit_line
+from .handling import measure_handling
 from .link_contention import measure_link_contention
 from .measure import QUICK, THOROUGH, Effort, Progress, Timing, measure, part
 from .pairs import ends_of
@@ -51,6 +52,7 @@ def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress, threads: i
     try:
         progress(0.0, "contention")
         contention = measure_link_contention(ranks, threads or torch.get_num_threads())
+        handling_s = measure_handling(ranks, threads or torch.get_num_threads())
         measured = measure(probes, effort, lambda seconds: largest(ranks, list(seconds)), part(progress, 0.1, 0.8))
         routines = tuple(_routine(scope, task, times) for (scope, task), times in zip(cells, measured, strict=False))
         links = {level: _link(times) for level, times in zip(pairs, measured[len(cells) :], strict=True)}
@@ -65,6 +67,7 @@ def profile_cluster(ranks: Ranks, effort: Effort, progress: Progress, threads: i
         hosts=ranks.hosts,
         ranks_per_node=ranks.ranks_per_node,
         contention=contention,
+        handling_s=handling_s,
         links=links,
         routines=routines,
         facts=ranks.facts,

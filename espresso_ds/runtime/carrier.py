@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..compressors.base import Codec
+from ..compressors.parts import Parts
 from ..core.errors import UnsupportedError
 from ..core.option import Device, Level, Task
 from ..feedback import Feedback
@@ -62,12 +63,18 @@ class Carrier:
     groups: Mapping[tuple[int, Level], ProcessGroup]
     offload: Offload
 
-    def encode(self, step: Encode, x: Tensor, codec: Codec, seed: int) -> None:
+    def reads_parts(self, codec: Codec) -> bool:
+        """Whether the first step encodes elements that lie apart, where they are."""
+        first = self.path.steps[0]
+        return isinstance(first, Encode) and not self.offload.needed and self.feedback.reads_parts(codec)
+
+    def encode(self, step: Encode, x: Tensor | Parts, codec: Codec, seed: int) -> None:
         """Compress into row buffer 0."""
         rows = self._rows(0, len(step.targets), codec, step.compression)
         offloaded = self.offload.needed and step.device is Device.CPU
         source, first, payloads = x, 0, rows
         if offloaded:
+            assert isinstance(x, Tensor)
             source, first = self.buffers.host_values[: step.extent.numel], step.extent.start
             payloads = self.buffers.host_rows[: rows.numel()].view(rows.shape)
             self.offload.fetch(source, _of(x, step.extent))

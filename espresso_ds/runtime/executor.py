@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..compressors.base import Codec
 from ..compressors.identity import Identity
+from ..compressors.parts import Parts
 from ..compressors.powersgd import PowerSGD, Shape
 from ..core.config import FeedbackMode
 from ..core.errors import UnsupportedError
@@ -169,7 +170,14 @@ class Executor:
         """Elements that the unit's buffer needs: more than `unit.numel` where uncompressed shards have to be equal."""
         return self._carriers[unit.index].path.buffer_numel if unit.index in self._carriers else unit.numel
 
-    def run(self, unit: Unit, x: Tensor, step: int) -> Steps:
+    def reads_parts(self, unit: Unit) -> bool:
+        """Whether `run` takes the unit's values where they lie apart, in its next step."""
+        carrier = self._carriers.get(unit.index)
+        if carrier is None or (self._plain is not None and unit.index in self._plain.sent):
+            return False
+        return carrier.reads_parts(self._compressors[unit.index].codec)
+
+    def run(self, unit: Unit, x: Tensor, step: int, source: Parts | None = None) -> Steps:
         """Sum the unit over all ranks, in place; yields each communication step once it has started.
 
         Args:
@@ -177,6 +185,7 @@ class Executor:
             x: shape (buffer_numel(unit),), contiguous, on the executor's device; float32 where the option compresses, else of the
                 wire dtype. Elements past `unit.numel` may be anything.
             step: counts optimizer steps, equal on all ranks.
+            source: the unit's values, if they are not in `x` but lie apart, and `reads_parts`; released once they are read.
         """
         if self._plain is not None and unit.index in self._plain.sent:
             yield from self._plain.run(unit.index, x[: unit.numel], functools.partial(self._record, unit, step))
@@ -193,7 +202,10 @@ class Executor:
             with torch.profiler.record_function(f"espresso/{unit.option.actions[todo.number]}/{unit.label}"):
                 if isinstance(todo, Encode):
                     own = 0 if codec.shared_seed else todo.stream * _STREAM_MIX
-                    carrier.encode(todo, x, codec, (seed + todo.compression + own) % 2**63)
+                    carrier.encode(todo, x if source is None else source, codec, (seed + todo.compression + own) % 2**63)
+                    if source is not None:
+                        source.release()
+                        source = None
                 elif isinstance(todo, Decode):
                     carrier.decode(todo, x, codec, (seed + todo.compression) % 2**63)
                 else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compressors.parts import Parts
 from ..core.errors import SyncError
 from ..core.run_trace import NO_UNIT, Mark
 from . import streams
@@ -143,9 +144,6 @@ class Synchroniser:
             step, self.step = self.step, self.step + 1
         self._lanes.wait(jobs)
         streams.join(self._units[0][1][0].param.device)
-        for number, views in self._views.items():
-            for member, view in zip(self._units[number][1], views, strict=True):
-                member.param.grad = view
         if self._recorder is not None:
             self._recorder.training.mark(Mark.FLUSH, step, start_ns=start_ns)
 
@@ -156,6 +154,8 @@ class Synchroniser:
         number = self._submitted
         chunks, members = self._units[number]
         grads = [_gradient(member.param) for member in members]
+        for member, view in zip(members, self._views.get(number, ()), strict=False):
+            member.param.grad = view  # where the sum will be; backward's own gradient goes as soon as it is encoded
         mark = streams.mark(members[0].param.device)
         for place, chunk in enumerate(chunks):
             if self._recorder is not None:
@@ -164,33 +164,38 @@ class Synchroniser:
         self._submitted += 1
 
     def _steps(self, number: int, place: int, grads: list[Tensor], mark: object, step: int) -> Steps:
-        """One chunk: the first brings the gradients into the unit's buffer, the last takes them back; lanes keep their order."""
+        """One chunk: the first brings the gradients into the unit's buffer, unless they are read where they are; the last takes
+        them back, unless they are views of it. Lanes keep their order.
+        """
         start_ns = time.perf_counter_ns()
         chunks, _ = self._units[number]
         chunk, numel = chunks[place], sum(chunk.numel for chunk in chunks)
         scaling = self._scaling.first() if chunk.option.compresses and self._executor.keeps_scale(chunk) else self._scaling
         streams.wait(mark)
         buffer = self._buffer(number, grads)
-        parts = buffer[:numel].split([grad.numel() for grad in grads])
-        elsewhere = [part.data_ptr() != grad.data_ptr() for part, grad in zip(parts, grads, strict=True)]
-        if place == 0 and number in self._buffers:
-            for part, grad, apart in zip(parts, grads, elsewhere, strict=True):
-                _bring(grad, part.view(grad.shape), scaling.before, apart)
-            buffer[numel:].zero_()
         start = sum(before.numel for before in chunks[:place])
         x = buffer[start : start + self._executor.buffer_numel(chunk)]
-        if number not in self._buffers and scaling.before != 1.0:
-            x.mul_(scaling.before)
+        source = None
+        if self._executor.reads_parts(chunk) and Parts.fit(grads):
+            source = Parts(grads, scaling.before)[start : start + chunk.numel]
+        elif number not in self._buffers:
+            _bring(x, x, scaling.before)
+        elif place == 0:
+            for part, grad in _pairs(buffer[:numel], grads):
+                _bring(grad, part, scaling.before)
+            buffer[numel:].zero_()
+        wanted = grads if number not in self._views else []
+        del grads
         if self._recorder is not None:
             self._recorder.lane(0).mark(Mark.COPY_IN, step, chunk.index, start_ns)
-        yield from self._executor.run(chunk, x, step)
+        yield from self._executor.run(chunk, x, step, source)
         start_ns = time.perf_counter_ns()
         if scaling.after != 1.0:
             x.mul_(scaling.after)
-        if chunk is chunks[-1] and number not in self._views:
-            for part, grad, apart in zip(parts, grads, elsewhere, strict=True):
-                if apart:
-                    grad.copy_(part.view(grad.shape))
+        if chunk is chunks[-1] and wanted:
+            for part, grad in _pairs(buffer[:numel], wanted):
+                if part.data_ptr() != grad.data_ptr():
+                    grad.copy_(part)
         if self._recorder is not None:
             writer = self._recorder.lane(self._executor.lanes_of(chunk))
             writer.mark(Mark.COPY_OUT, step, chunk.index, start_ns)
@@ -231,8 +236,15 @@ class Synchroniser:
         return self._units[number][0][0].dtype(self._wire_dtype)
 
 
-def _bring(grad: Tensor, part: Tensor, factor: float, apart: bool) -> None:
+def _pairs(buffer: Tensor, grads: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Gradients with their parts of the unit's buffer, in the same shapes."""
+    parts = buffer.split([grad.numel() for grad in grads])
+    return [(part.view(grad.shape), grad) for part, grad in zip(parts, grads, strict=True)]
+
+
+def _bring(grad: Tensor, part: Tensor, factor: float) -> None:
     """Write `factor` times a gradient to its part of the unit's buffer, which may be the gradient itself."""
+    apart = part.data_ptr() != grad.data_ptr()
     if apart and grad.dtype == part.dtype and factor != 1.0:
         torch.mul(grad, factor, out=part)
         return
