@@ -46,7 +46,17 @@ def trace_of(tensors, *, world=2, node=1, device="cpu", forward_s=0.0, backward_
     )
 
 
-def cluster_of(*, world=2, node=1, alpha_s=0.0, bytes_per_s=4.0, traffic=TRAFFIC, sizes=(2**10, 2**16, 2**24), contention=0.0):
+def cluster_of(
+    *,
+    world=2,
+    node=1,
+    alpha_s=0.0,
+    bytes_per_s=4.0,
+    traffic=TRAFFIC,
+    sizes=(2**10, 2**16, 2**24),
+    contention=0.0,
+    handling_s=0.0,
+):
     """A cluster whose routines follow alpha + traffic * bytes / bandwidth exactly."""
     routines = []
     for name, factor in traffic.items():
@@ -55,7 +65,7 @@ def cluster_of(*, world=2, node=1, alpha_s=0.0, bytes_per_s=4.0, traffic=TRAFFIC
         row = {"routine": name, "level": "flat", "ranks": world, "nbytes": sizes, "seconds": seconds}
         routines.append({**row, "alpha_s": alpha_s, "beta_s_per_byte": beta, "fit_error": 0.0})
     hosts = [f"host{i}" for i in range(world // node)]
-    fixed = {"backend": "gloo", "links": {}, "contention": contention}
+    fixed = {"backend": "gloo", "links": {}, "contention": contention, "handling_s": handling_s}
     return ClusterProfile(hosts=hosts, ranks_per_node=node, routines=routines, **fixed)
 
 
@@ -80,6 +90,7 @@ def nested_cluster_of(
     skew=lambda name, level: 1.0,
     sizes=(2**10, 2**16, 2**24),
     contention=0.0,
+    handling_s=0.0,
 ):
     """Flat, intra and inter routines that follow alpha + traffic * bytes / bandwidth; alpha and bandwidth are (intra, inter).
 
@@ -99,7 +110,8 @@ def nested_cluster_of(
         for groups in (1, node):
             add(name, "inter", nodes, groups, groups * alone(nodes), 1)
     hosts = [f"host{i}" for i in range(nodes)]
-    return ClusterProfile(backend="gloo", links={}, hosts=hosts, ranks_per_node=node, routines=routines, contention=contention)
+    fixed = {"backend": "gloo", "links": {}, "contention": contention, "handling_s": handling_s}
+    return ClusterProfile(hosts=hosts, ranks_per_node=node, routines=routines, **fixed)
 
 
 def codecs_of(
@@ -175,7 +187,12 @@ def random_case(rng: random.Random, tensors=3, equal=False, device="cpu"):
     skews = {name: rng.uniform(0.8, 1.2) for name in TRAFFIC}
     skew = {name: (lambda w, g, name=name: skews[name] * TRAFFIC[name](w, g)) for name in TRAFFIC}
     cluster = cluster_of(
-        world=world, alpha_s=alpha_s, bytes_per_s=10 ** rng.uniform(7, 9.5), traffic=skew, contention=rng.choice([0.0, 0.2])
+        world=world,
+        alpha_s=alpha_s,
+        bytes_per_s=10 ** rng.uniform(7, 9.5),
+        traffic=skew,
+        contention=rng.choice([0.0, 0.2]),
+        handling_s=1e-3 if world == 4 else 0.0,
     )
     return trace, cluster, random_codecs(rng, device)
 
@@ -196,6 +213,7 @@ def random_nested_case(rng: random.Random, tensors=3, equal=False, device="cpu")
         bytes_per_s=(bytes_per_s * 10 ** rng.uniform(0, 2), bytes_per_s),
         skew=lambda name, level: skews[name, Level(level)],
         contention=rng.choice([0.0, 0.2]),
+        handling_s=1e-3 if nodes == 3 else 0.0,
     )
     return trace, cluster, random_codecs(rng, device)
 

@@ -51,7 +51,7 @@ def line_by_line(trace, cluster, codecs):
     units = singles(trace)
     left = sorted(range(len(units)), key=lambda index: (-units[index].numel, -index))
     while left:
-        hidden = set() if costs.link_contention else simulate(units, trace, costs).hidden
+        hidden = set() if costs.link_contention or costs.handling_s else simulate(units, trace, costs).hidden
         left = [index for index in left if index not in hidden]
         if not left:
             break

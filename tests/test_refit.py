@@ -79,7 +79,7 @@ def profiles_of(seed=0, tensors=12, contention=0.5, link_contention=0.1, bytes_p
     rng = random.Random(seed)
     rows = random_rows(rng, tensors)
     trace = trace_of(rows, forward_s=0.1, backward_s=rows[-1][1] + 0.01, after_s=0.02)
-    cluster = cluster_of(alpha_s=5e-4, bytes_per_s=bytes_per_s, contention=link_contention)
+    cluster = cluster_of(alpha_s=5e-4, bytes_per_s=bytes_per_s, contention=link_contention, handling_s=5e-4)
     codecs = codecs_of(encode=4e-9, decode=2e-9, fixed_s=2e-5, share=0.02, contention=contention)
     return Profiles(trace, cluster, codecs)
 

@@ -15,11 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-from espresso_ds.core.record import write_json
-
 from ..machine import machine
 from . import report
-from .prepare import CRIPPLED_NAMES, ROOT, Shape, Workshop, emulate
+from .prepare import CRIPPLED_NAMES, ROOT, Shape, Workshop, run_race
 from .results import CellResult
 from .variants import PEERS
 
@@ -66,34 +64,26 @@ def race(model: str, shape: Shape, given: argparse.Namespace, workshop: Workshop
     plans = {rate: workshop.plans(model, shape, rate, ["espresso", *crippled]) for rate in rates}
     parts = {rate: workshop.folder / f"part-{model}-{shape}-{rate}.json" for rate in rates}
     losses = workshop.folder / f"losses-{model}-{shape}.json"
-    job = workshop.folder / f"job-{model}-{shape}.json"
-    wanted = {
-        "model": model,
-        "nodes": shape.nodes,
-        "ranks_per_node": shape.ranks_per_node,
-        "master": "host0",
-        "seed": 0,
-        "peers": peers,
-        "ours": ["espresso"],
-        "steps_per_turn": 2,
-        "least_rounds": given.least_rounds,
-        "most_rounds": 9,
-        "budget_s": given.budget_s,
-        "cells": [{"rate": rate, "plans": plans[rate], "out": str(parts[rate])} for rate in rates],
-        "losses": {
-            "steps": given.loss_steps,
-            "seeds": [int(seed) for seed in given.seeds.split(",")],
-            "plans": {f"espresso {rate}": plans[rate]["espresso"] for rate in rates},
-            "out": str(losses),
-        }
-        if given.loss_steps
-        else None,
-        "loss_peers": [name for name in (given.loss_peers.split(",") if given.loss_peers else peers) if PEERS[name] != "bound"],
+    wanted_losses = {
+        "steps": given.loss_steps,
+        "seeds": [int(seed) for seed in given.seeds.split(",")],
+        "plans": {f"espresso {rate}": plans[rate]["espresso"] for rate in rates},
+        "out": str(losses),
     }
-    write_json(job, wanted)
-    ranks = ("mpirun", "--hostfile", "{hostfile}", "-n", str(shape.nodes * shape.ranks_per_node), "--map-by", "slot")
-    program = (sys.executable, "-m", "benchmarks.race.rank", str(job))
-    emulate(shape, "none", *ranks, "--bind-to", "none", *program, timeout_s=4 * 3600, show=True)
+    run_race(
+        workshop.folder / f"job-{model}-{shape}.json",
+        model,
+        shape,
+        peers=peers,
+        ours=["espresso"],
+        steps_per_turn=2,
+        least_rounds=given.least_rounds,
+        most_rounds=9,
+        budget_s=given.budget_s,
+        cells=[{"rate": rate, "plans": plans[rate], "out": str(parts[rate])} for rate in rates],
+        losses=wanted_losses if given.loss_steps else None,
+        loss_peers=[name for name in (given.loss_peers.split(",") if given.loss_peers else peers) if PEERS[name] != "bound"],
+    )
     found = json.loads(losses.read_text()) if given.loss_steps else {}
     about = {"model": model, "nodes": shape.nodes, "ranks_per_node": shape.ranks_per_node, "machine": machine()}
     for rate in rates:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from espresso_ds.core.config import EspressoBlock
 from espresso_ds.core.plan import Plan, save_plan_file
 from espresso_ds.core.profile import ClusterProfile, CompressorProfile, ModelTrace
+from espresso_ds.core.record import write_json
 from espresso_ds.planner.baselines import CRIPPLED
 from espresso_ds.planner.build import make_plan
 from espresso_ds.planner.search import best_plan
@@ -101,6 +103,20 @@ CRIPPLED_NAMES = {
     "espresso cpu only": "CPU only",
     "espresso inter allgather": "allgather between nodes",
 }
+
+
+def mpirun(shape: Shape, settings: Mapping[str, str] = MappingProxyType({})) -> tuple[str, ...]:
+    """What starts a program on all ranks, with settings in its environment."""
+    sets = [word for key, value in settings.items() for word in ("-x", f"{key}={value}")]
+    ranks = str(shape.nodes * shape.ranks_per_node)
+    return ("mpirun", "--hostfile", "{hostfile}", "-n", ranks, "--map-by", "slot", "--bind-to", "none", *sets)
+
+
+def run_race(job: Path, model: str, shape: Shape, **wanted: object) -> None:
+    """Run `rank.py` on all ranks of an emulated cluster with a job, which is written to a file first."""
+    fixed = {"model": model, "nodes": shape.nodes, "ranks_per_node": shape.ranks_per_node, "master": "host0", "seed": 0}
+    write_json(job, {**fixed, **wanted})
+    emulate(shape, "none", *mpirun(shape), sys.executable, "-m", "benchmarks.race.rank", str(job), timeout_s=4 * 3600, show=True)
 
 
 def emulate(shape: Shape, rate: str, *command: str, timeout_s: float = 3600.0, show: bool = False) -> None:

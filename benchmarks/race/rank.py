@@ -34,6 +34,8 @@ BUILT_STEPS = 4
 """First steps of a variant, on unshaped links: memory is taken, PowerSGD begins to compress."""
 LONG_S = 3.0
 """A variant with steps longer than this takes one timed step a turn and needs none to warm up."""
+TIMED_S, MOST_TIMED = 1.5, 8
+"""Shorter ones take as many as fill some time, so that a turn's median says more."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ class Race:
             trial = Measured()
             self.train(name, 1, trial)
             expected[name] = _slowest(trial.step_s)[0]
-        turns = {name: (0, 1) if seconds > LONG_S else (1, self.job["steps_per_turn"]) for name, seconds in expected.items()}
+        turns = {name: self.turn(seconds) for name, seconds in expected.items()}
         round_s = sum(seconds * sum(turns[name]) for name, seconds in expected.items())
         rounds = max(self.job["least_rounds"], min(self.job["most_rounds"], int(self.job["budget_s"] / round_s)))
         for number in range(rounds):
@@ -104,6 +106,10 @@ class Race:
             say(f"{rate}: round {number + 1} of {rounds}, {round_s:.0f} s each")
         found = {name: self.summary(name, each) for name, each in measured.items()}
         return {"rounds": rounds, "steps_per_turn": self.job["steps_per_turn"], "variants": found}
+
+    def turn(self, step_s: float) -> tuple[int, int]:
+        """Steps to warm up and timed ones of a turn, for steps that take about `step_s`."""
+        return (0, 1) if step_s > LONG_S else (1, max(self.job["steps_per_turn"], min(MOST_TIMED, round(TIMED_S / step_s))))
 
     def summary(self, name: str, measured: Measured) -> dict[str, Any]:
         """What all ranks found of a variant: the slowest rank counts, CPU seconds add up."""
