@@ -60,6 +60,23 @@ class GuardSettings(Record):
     steps: int = Field(16, ge=8, description="most optimizer steps that measuring takes, warm-up included")
 
 
+class BoundarySettings(Record):
+    """What crosses between two pipeline stages; null: as it is."""
+
+    forward: CompressorSettings | None = Field(None, description="codec of activations")
+    backward: CompressorSettings | None = Field(None, description="codec of their gradients")
+
+
+class PipelineSettings(BoundarySettings):
+    """Compression between pipeline stages."""
+
+    boundaries: dict[NonNegativeInt, BoundarySettings] = Field(
+        {}, description='other settings for single boundaries: "0" is the one between stages 0 and 1'
+    )
+    per_example: bool = Field(False, description="compress each example of a micro-batch by itself")
+    evaluation: Literal["as trained", "uncompressed"] = Field("as trained", description="what eval_batch does")
+
+
 class EspressoBlock(Record):
     """The block without its plan. `plan`, written by `espresso plan`, is kept raw here and read by `core.plan`."""
 
@@ -79,6 +96,7 @@ class EspressoBlock(Record):
         description="share of the step given for leaving uncompressed what compression helps least",
     )
     guard: GuardSettings = GuardSettings()
+    pipeline: PipelineSettings | None = Field(None, description="for a PipelineModule: what crosses between its stages")
     timeout_s: PositiveFloat = Field(600.0, description="deadline of every wait for other ranks")
     any_cluster: bool = Field(False, description="train on other hosts, networks or backends than the plan was made for")
     plan: dict | None = None

@@ -46,6 +46,11 @@ def initialize_with_plan(initialize: Callable[..., Any], args: tuple, kwargs: Ma
     if _disabled(config if source is None else source.ds_config):
         print("espresso: disabled by the user: DeepSpeed runs as if there were no plan", file=sys.stderr, flush=True)
         return result
+    if config is not None and isinstance(config.get(BLOCK), dict) and config[BLOCK].get("pipeline") is not None:
+        from .pipeline import attach_pipeline
+
+        attach_pipeline(result[0], config, where)
+        return result
     from .engine import attach_plan
 
     fault: EspressoError | None = None

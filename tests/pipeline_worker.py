@@ -1,0 +1,144 @@
+"""One rank of the pipeline tests: every case in one process, a fresh engine each. Every rank writes what it saw.
+
+torchrun --nproc-per-node RANKS pipeline_worker.py STAGES FOLDER
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+
+from espresso_ds.core.errors import EspressoError
+
+WIDTH, BATCH, STEPS = 24, 4, 3
+TOPK = {"name": "topk", "density": 0.3}
+BITS = {"name": "quantize", "bits": 8}
+IDENTITY = {"name": "identity"}
+
+
+class Plain(torch.nn.Module):
+    """A tensor in, a tensor out."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x))
+
+
+class WithIds(Plain):
+    """Integers in front of the activations: DeepSpeed's pool of receive buffers would give gradients an integer one."""
+
+    def forward(self, both):
+        if isinstance(both, torch.Tensor):
+            both = torch.arange(both.numel()).view(both.shape), both
+        ids, x = both
+        return ids, super().forward(x) + ids.sin() / 9
+
+
+class Two(Plain):
+    """Two tensors of activations of unequal sizes."""
+
+    def forward(self, both):
+        x, y = both if isinstance(both, tuple) else (both, both[:, :5])
+        return super().forward(x), y * 1.5 + self.linear.bias[:5]
+
+
+def loss(outputs, labels):
+    tensors = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t.is_floating_point()]
+    return sum((t - labels[:, : t.shape[1]].to(t.dtype)).pow(2).mean() for t in tensors)
+
+
+def batches(micro_batches, seed, dtype):
+    """Other ones on other replicas."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(micro_batches):
+        yield tuple(torch.randn(BATCH, WIDTH, generator=generator).to(dtype) for _ in range(2))
+
+
+def trained(stages, layer=Plain, micro_batches=4, block=None, steps=STEPS, checkpointed=0, again=False, **config):
+    """Losses of training and of evaluation. `again`: on the same batch in every step."""
+    torch.manual_seed(0)
+    layers, dtype = [LayerSpec(layer) for _ in range(2 * stages)], torch.bfloat16 if "bf16" in config else torch.float32
+    module = PipelineModule(layers, num_stages=stages, loss_fn=loss, activation_checkpoint_interval=checkpointed)
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": micro_batches,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.2}},
+        **({} if block is None else {"espresso": {"pipeline": block, "timeout_s": 60}}),
+        **config,
+    }
+    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    replica = engine.grid.get_data_parallel_id()
+    losses = []
+    for step in range(steps):
+        losses.append(engine.train_batch(batches(micro_batches, replica if again else 10 * step + replica, dtype)).item())
+        if step == 1:
+            losses.append(engine.eval_batch(batches(micro_batches, 999 + replica, dtype)).item())
+    losses.append(engine.eval_batch(batches(micro_batches, 999 + replica, dtype)).item())
+    if block is not None:
+        vars(engine).pop("espresso").detach()
+    engine.destroy()
+    return losses
+
+
+def failure(stages, **case):
+    """The message with which a case stops at start."""
+    try:
+        trained(stages, steps=0, **case)
+    except EspressoError as error:
+        return str(error)
+    return "no error"
+
+
+def main():
+    stages, folder = int(sys.argv[1]), Path(sys.argv[2])
+    deepspeed.init_distributed(dist_backend="gloo")
+    told = {"stages": stages, "equal": {}, "compressed": {}, "failures": {}}
+    for micro_batches in (1, 2, 3, 8):
+        case = dict(stages=stages, micro_batches=micro_batches)
+        stock = trained(**case)
+        for name, block in (("as it is", {}), ("identity", {"forward": IDENTITY, "backward": IDENTITY})):
+            told["equal"][f"{micro_batches} micro-batches, {name}"] = stock, trained(block=block, **case)
+    told["equal"]["bf16"] = [trained(stages, bf16={"enabled": True}, block=block) for block in (None, {})]
+    told["equal"]["checkpointed"] = [trained(stages, block=block, checkpointed=1) for block in (None, {"forward": IDENTITY})]
+    told["equal"]["two tensors"] = [trained(stages, Two, block=block) for block in (None, {})]
+    told["equal"]["ids in front"] = [trained(stages, WithIds, block=block) for block in ({}, {"forward": IDENTITY})]
+    both = {"forward": BITS, "backward": BITS}
+    told["compressed"] = {
+        "none": trained(stages),
+        "8 bits": trained(stages, block=both),
+        "8 bits, bf16": trained(stages, block=both, bf16={"enabled": True}),
+        "8 bits each example": trained(stages, block={**both, "per_example": True}),
+        "topk": trained(stages, block={"forward": TOPK}),
+        "topk, uncompressed evaluation": trained(stages, block={"forward": TOPK, "evaluation": "uncompressed"}),
+        "topk, ef21": trained(stages, block={"forward": {**TOPK, "feedback": "ef21"}}),
+        "topk on boundary 0 only": trained(stages, block={"boundaries": {"0": {"forward": TOPK}}}),
+        "two tensors, ef": trained(stages, Two, block={"forward": {**BITS, "feedback": "ef"}, "backward": BITS}),
+    }
+    told["learnt"] = {
+        "none": trained(stages, steps=12, again=True),
+        "both ways": trained(stages, steps=12, again=True, block={"forward": {**TOPK, "feedback": "ef21"}, "backward": BITS}),
+    }
+    told["failures"] = {
+        "no such boundary": failure(stages, block={"boundaries": {str(stages - 1): {}}}),
+        "unknown codec": failure(stages, block={"forward": {"name": "topc"}}),
+        "dgc": failure(stages, block={"forward": {"name": "dgc", "density": 0.1, "feedback": "dgc"}}),
+        "powersgd": failure(stages, block={"backward": {"name": "powersgd", "rank": 1}}),
+        "fp16": failure(stages, block=both, fp16={"enabled": True}),
+        "ranks differ": failure(stages, block={"forward": {**BITS, "bits": 8 - (dist.get_rank() > 0)}}),
+    }
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(told))
+    dist.barrier()
+    os._exit(0)  # gloo's threads may abort the interpreter's end
+
+
+if __name__ == "__main__":
+    main()
