@@ -260,7 +260,7 @@ def test_chrome_trace_holds_every_span():
     assert {(e["name"], e["ts"], e["dur"]) for e in events} >= {("C.cpu t0", 3e6, 2e6), ("AR.flat t1", 6e6, 1e6)}
 
 
-def reference(walks, ready, backward_s, contention, link_contention):
+def reference(walks, ready, backward_s, contention, link_contention, handling_s):
     """Step time from the start of backward, by lanes as workers that call back: written apart from the planner's loop."""
     heap, now, busy, ends = [], [0.0], dict.fromkeys(range(4)), {"backward": 0.0, "synced": 0.0}
     waiting, tickets = {resource: [] for resource in busy}, itertools.count()
@@ -309,6 +309,7 @@ def reference(walks, ready, backward_s, contention, link_contention):
                 own = cpu["version"]
                 later(now[0] + (planned - now[0]) / (1 + contention), lambda: own == cpu["version"] and finish())
             return
+        progress["done"] -= handling_s * routines[unit]
         aim()
         inboxes[0].append(unit)
         wake(0)
@@ -387,7 +388,8 @@ def test_an_independent_simulator_agrees(make_case, device):
         costs = costs_of(trace, cluster, codecs)
         units = units_with(trace, *random_options(rng, trace, cluster))
         walks = [costs.walk(unit.option, unit.numel).lean for unit in units]
-        slow = reference(walks, [unit.ready_s for unit in units], trace.backward_s, costs.contention, costs.link_contention)
+        slowed = costs.contention, costs.link_contention, costs.handling_s
+        slow = reference(walks, [unit.ready_s for unit in units], trace.backward_s, *slowed)
         fast = iteration_time(units, trace, costs)
         assert fast == pytest.approx(trace.forward_s + slow + trace.after_s, rel=1e-9)
         assert simulate(units, trace, costs).iteration_s == pytest.approx(fast, rel=1e-12)

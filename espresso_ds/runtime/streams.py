@@ -7,6 +7,7 @@ and the training stream waits for all lanes in `join`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ def wait(event: object) -> None:
     """Let the current stream wait for a mark."""
     if isinstance(event, torch.cuda.Event):
         torch.cuda.current_stream().wait_event(event)
+
+
+def used(tensors: Iterable[Tensor]) -> None:
+    """Keep the memory of tensors, which their owner may let go of, until the current stream is done with them."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def join(device: torch.device) -> None:

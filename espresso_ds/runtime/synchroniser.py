@@ -184,6 +184,7 @@ class Synchroniser:
             for part, grad in _pairs(buffer[:numel], grads):
                 _bring(grad, part, scaling.before)
             buffer[numel:].zero_()
+        streams.used(grads)
         wanted = grads if number not in self._views else []
         del grads
         if self._recorder is not None:

@@ -18,6 +18,6 @@ for (x,) in loader:
     optimizer.step()
     optimizer.zero_grad()
 if accelerator.is_main_process:
-    print("trained; plan:", hasattr(model, "espresso"), flush=True)
+    print(f"trained; plan: {hasattr(model, 'espresso')}\n", end="", flush=True)
 accelerator.end_training()
 os._exit(0)  # see tiny.py

@@ -46,7 +46,7 @@ if args.tell:
     }
     print(f"told {json.dumps(told)}\n", end="", flush=True)
 if dist.get_rank() == 0:
-    print("trained", dist.get_world_size(), "ranks; plan:", hasattr(engine, "espresso"), flush=True)
+    print(f"trained {dist.get_world_size()} ranks; plan: {hasattr(engine, 'espresso')}\n", end="", flush=True)
 dist.destroy_process_group()
 # DeepSpeed keeps process groups for ever, and now and then gloo's threads abort the interpreter's exit, plan or no plan.
 # Under MPI the exit has to be the ordinary one.

@@ -24,7 +24,7 @@ class Data(torch.utils.data.Dataset):
 class Watch(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            print("trained", args.world_size, "ranks; steps:", state.global_step, flush=True)
+            print(f"trained {args.world_size} ranks; steps: {state.global_step}\n", end="", flush=True)
 
 
 torch.set_num_threads(1)
