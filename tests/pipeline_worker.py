@@ -98,6 +98,15 @@ def failure(stages, **case):
     return "no error"
 
 
+def failure_with_plan(stages, **case):
+    """The same where the launcher brought a plan for gradients, which must not be passed over in silence."""
+    os.environ["ESPRESSO_CONFIG"] = "plan.json"
+    try:
+        return failure(stages, **case)
+    finally:
+        del os.environ["ESPRESSO_CONFIG"]
+
+
 def main():
     stages, folder = int(sys.argv[1]), Path(sys.argv[2])
     deepspeed.init_distributed(dist_backend="gloo")
@@ -133,6 +142,7 @@ def main():
         "dgc": failure(stages, block={"forward": {"name": "dgc", "density": 0.1, "feedback": "dgc"}}),
         "powersgd": failure(stages, block={"backward": {"name": "powersgd", "rank": 1}}),
         "fp16": failure(stages, block=both, fp16={"enabled": True}),
+        "plan of the launcher": failure_with_plan(stages, block=both),
         "ranks differ": failure(stages, block={"forward": {**BITS, "bits": 8 - (dist.get_rank() > 0)}}),
     }
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(told))

@@ -27,6 +27,7 @@ from ..feedback import Feedback
 from ..runtime.agree import Agreement, meet
 from ..runtime.crossing import Incoming, Outgoing, Way
 from .guarding import tell
+from .plan_source import named_by_env
 
 MEETING_S = 60.0
 """How long a rank waits for the others to hear of the block."""
@@ -154,7 +155,7 @@ def _check(engine: Any, block: EspressoBlock) -> None:
             '"pipeline" in the "espresso" block, and a model that is no PipelineModule',
             "leave it out",
         ),
-        (block.plan is not None, 'a plan for gradients together with "pipeline"', "leave one of them out"),
+        (block.plan is not None or named_by_env(), 'a plan for gradients together with "pipeline"', "leave one of them out"),
         (engine.device.type != "cpu", f"a pipeline on {engine.device.type}", "leave it out"),
         (
             getattr(engine, "fp16_enabled", bool)(),

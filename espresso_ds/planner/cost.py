@@ -213,6 +213,11 @@ class Costs:
                 self._payload[number, times.device] = payload_curve(times)
         self._walks: dict[tuple[Option, int, int], Walk] = {}
 
+    @property
+    def delays(self) -> tuple[float, float, float]:
+        """What slows the backward, as `play` takes it: contention, link_contention, handling_s."""
+        return self.contention, self.link_contention, self.handling_s
+
     def with_free_codecs(self) -> Costs:
         """The same costs but for compression and decompression, which take no time."""
         free = copy(self)

@@ -58,11 +58,9 @@ class NativePlayer:
     def __init__(self, ready_s: Sequence[float], backward_s: float, menu: Menu) -> None:
         native = library()
         assert native is not None
-        costs = menu.costs
         self._native, self._menu, self._keep = native, menu.native, menu
         ready = (c_double * len(ready_s))(*ready_s)
-        slowed = costs.contention, costs.link_contention, costs.handling_s
-        self._plan = native.espresso_plan_new(len(ready_s), ready, backward_s, *slowed)
+        self._plan = native.espresso_plan_new(len(ready_s), ready, backward_s, *menu.costs.delays)
         finalize(self, native.espresso_plan_free, self._plan)
 
     def set(self, unit: int, numel: int, choice: int) -> None:
@@ -186,6 +184,4 @@ class PythonPlayer:
         return () if choice < 0 else self._menu.walk(choice, numel).lean
 
     def _play(self, log: list[tuple[int, int, int, float, float]] | None = None) -> tuple[float, float]:
-        costs = self._menu.costs
-        slowed = costs.contention, costs.link_contention, costs.handling_s
-        return play(self._walks, self._ready, self._backward_s, *slowed, log)
+        return play(self._walks, self._ready, self._backward_s, *self._menu.costs.delays, log)

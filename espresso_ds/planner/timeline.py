@@ -163,8 +163,7 @@ def iteration_time(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> fl
     """F(S) in seconds: the step time with these units, in plan order. Raises FileError (a cost was not measured)."""
     units = [piece for unit in units for piece in unit.pieces(costs.world)]
     walks = [costs.walk(unit.option, unit.numel, unit.codec).lean for unit in units]
-    slowed = costs.contention, costs.link_contention, costs.handling_s
-    ends = play(walks, [unit.ready_s for unit in units], trace.backward_s, *slowed)
+    ends = play(walks, [unit.ready_s for unit in units], trace.backward_s, *costs.delays)
     return trace.forward_s + max(ends) + trace.after_s
 
 
@@ -176,8 +175,7 @@ def simulate(units: Sequence[Unit], trace: ModelTrace, costs: Costs) -> Timeline
     became_ready: list[float] = []
     ready = [unit.ready_s for unit in units]
     lean = [walk.lean for walk in walks]
-    slowed = costs.contention, costs.link_contention, costs.handling_s
-    backward_end, synced = play(lean, ready, trace.backward_s, *slowed, log, became_ready)
+    backward_end, synced = play(lean, ready, trace.backward_s, *costs.delays, log, became_ready)
     names = [unit.name(trace) for unit in units]
     offset = trace.forward_s
     spans = [
