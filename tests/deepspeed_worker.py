@@ -336,6 +336,7 @@ def failures():
         "unknown key": {**ds_config(), "espresso": {"compresor": {"name": "topk"}}},
         "world size": with_plan(ds_config(), plan(nodes=1, ranks=world + 1)),
         "config": with_plan(ds_config(train_micro_batch_size_per_gpu=8), good),
+        "pipeline": with_plan(ds_config(), good, pipeline={}),
         "zero": with_plan(ds_config(zero_optimization={"stage": 1}), good),
         "missing tensor": edited({"tensors": tensors[1:]}),
         "extra tensor": edited({"tensors": (*tensors, ghost)}),

@@ -69,6 +69,11 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
         if source is None:
             raise FileError("this rank has no plan while others have one; launch with `deepspeed --espresso_config plan.json`")
         check_supported(engine)
+        if source.block.pipeline is not None:
+            raise UnsupportedError(
+                f'{source.where}: "pipeline" in the "espresso" block, and a model that is no PipelineModule: this cannot be '
+                "done; leave it out"
+            )
         wanted = guard_wanted(source.block.guard)
     agreement.settle()
     assert source is not None
