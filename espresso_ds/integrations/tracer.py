@@ -53,6 +53,8 @@ class _Tracer:
 
     def _instead_of_allreduce(self, grads: object = None, elements_per_buffer: int = 0) -> None:
         self._recorder.backward_ends()
+        dist.barrier(group=self._group)  # ranks meet here in training, and what follows they do side by side
+        self._recorder.goes_on()
         self._engine._get_gradients_for_reduction()  # fills in zeros for unused parameters, as DeepSpeed would
 
     def _timed_step(self, *args: Any, **kwargs: Any) -> None:

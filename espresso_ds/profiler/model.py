@@ -19,7 +19,8 @@ from ..core.profile import ModelTrace, TracedTensor
 
 @dataclass
 class StepTimes:
-    """One optimizer step of one rank: seconds; `ready` from the start of backward to the last firing of each gradient hook."""
+    """One optimizer step of one rank: seconds; `ready` from the start of backward to the last firing of each gradient hook;
+    `after_s` from where ranks met after backward."""
 
     forward_s: float
     backward_s: float
@@ -33,12 +34,15 @@ class _Marks:
     begun: float
     backward: float = 0.0
     backward_end: float = 0.0
+    after: float = 0.0
     ready: dict[str, float] = field(default_factory=dict)
     firings: dict[str, int] = field(default_factory=dict)
 
 
 class Recorder:
     """Times the steps of a model. Call `backward_begins`, `backward_ends` and `step_ends` around each step that is synchronised.
+
+    Ranks meet before each step (`restart`) and, where there are several, after backward (`goes_on`), as synchronisation makes them.
 
     Args:
         parameters: name -> trainable parameter.
@@ -60,8 +64,12 @@ class Recorder:
 
     def backward_ends(self) -> None:
         """All gradients are complete; synchronisation would be awaited here."""
-        self._marks.backward_end = self._now()
+        self._marks.backward_end = self._marks.after = self._now()
         self._recording = False
+
+    def goes_on(self) -> None:
+        """All ranks' gradients are complete: what follows is timed from here."""
+        self._marks.after = self._now()
 
     def step_ends(self) -> None:
         """The optimizer has stepped. Call `restart` when the next step may begin."""
@@ -70,7 +78,7 @@ class Recorder:
             StepTimes(
                 marks.backward - marks.begun,
                 marks.backward_end - marks.backward,
-                now - marks.backward_end,
+                now - marks.after,
                 {name: at - marks.backward for name, at in marks.ready.items()},
                 marks.firings,
             )
@@ -105,7 +113,10 @@ def summarise(
     config: dict[str, str | int | float | bool],
     wire_dtype: str,
 ) -> ModelTrace:
-    """The trace of a run: for each step the slowest rank, since all wait for it; then the median over steps.
+    """The trace of a run: of each mark of a step the latest over ranks, since all wait for it; then the median over steps.
+
+    Marks count from where ranks met, not from each rank's mark before: where ranks share cores, one that comes late to
+    backward is not the one that is slow in it, and the longest forward and the longest backward would add up to more than any step.
 
     Args:
         ranks: the measured steps of every rank, equally many.
@@ -115,19 +126,20 @@ def summarise(
     def over_steps(of_rank: Callable[[StepTimes], float]) -> float:
         return statistics.median(max(of_rank(times) for times in step) for step in steps)
 
-    backward_s = over_steps(lambda times: times.backward_s)
+    forward_s = over_steps(lambda times: times.forward_s)
+    backward_s = over_steps(lambda times: times.forward_s + times.backward_s) - forward_s
     tensors = [
         TracedTensor(
             name=name,
             shape=tuple(param.shape),
             dtype=str(param.dtype).removeprefix("torch."),
             numel=param.numel(),
-            ready_s=min(backward_s, over_steps(functools.partial(_ready_s, name))),
+            ready_s=min(backward_s, max(0.0, over_steps(functools.partial(_ready_s, name)) - forward_s)),
             firings=max(times.firings.get(name, 1) for step in steps for times in step),
         )
         for name, param in parameters.items()
     ]
-    totals = sorted(max(t.forward_s + t.backward_s + t.after_s for t in step) for step in steps)
+    totals = sorted(max(t.forward_s + t.backward_s for t in step) + max(t.after_s for t in step) for step in steps)
     middle = statistics.median(totals)
     spread = (totals[(3 * len(totals)) // 4] - totals[len(totals) // 4]) / middle
     return ModelTrace(
@@ -140,7 +152,7 @@ def summarise(
         steps=len(steps),
         config=config,
         wire_dtype=wire_dtype,
-        forward_s=over_steps(lambda times: times.forward_s),
+        forward_s=forward_s,
         backward_s=backward_s,
         after_s=over_steps(lambda times: times.after_s),
         spread=spread,
@@ -149,5 +161,5 @@ def summarise(
 
 
 def _ready_s(name: str, times: StepTimes) -> float:
-    """When a gradient was complete; a parameter that got none is known to be complete when backward ends."""
-    return times.ready.get(name, times.backward_s)
+    """When a gradient was complete, from the step's start; one that got none is known to be complete when backward ends."""
+    return times.forward_s + times.ready.get(name, times.backward_s)
