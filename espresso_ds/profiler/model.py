@@ -42,7 +42,7 @@ class _Marks:
 class Recorder:
     """Times the steps of a model. Call `backward_begins`, `backward_ends` and `step_ends` around each step that is synchronised.
 
-    Ranks meet before each step (`restart`) and, where there are several, after backward (`goes_on`), as synchronisation makes them.
+    Ranks meet before each step (`restart`) and, where there are several, after backward (`goes_on`), as in training.
 
     Args:
         parameters: name -> trainable parameter.
@@ -116,7 +116,7 @@ def summarise(
     """The trace of a run: of each mark of a step the latest over ranks, since all wait for it; then the median over steps.
 
     Marks count from where ranks met, not from each rank's mark before: where ranks share cores, one that comes late to
-    backward is not the one that is slow in it, and the longest forward and the longest backward would add up to more than any step.
+    backward is not the one that is slow in it, and the longest of each phase would add up to more than a step takes.
 
     Args:
         ranks: the measured steps of every rank, equally many.
