@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from .record import Record
 
-FeedbackMode = Literal["ef", "ef21", "dgc", "none"]
+FeedbackMode = Literal["ef", "ef21", "dgc", "aqsgd", "none"]
 STRENGTH = ("density", "bits", "rank", "range", "format", "vote", "warmup_steps")
 """The settings that are parameters of some codecs and senseless for the others."""
 
@@ -40,6 +41,12 @@ class CompressorSettings(Record):
         return f"{' '.join([self.name, *strength])}, {memory}"
 
 
+def check_for_gradients(compressors: Iterable[CompressorSettings]) -> None:
+    """Raise ValueError at one that gradients cannot have."""
+    if any(each.feedback == "aqsgd" for each in compressors):
+        raise ValueError('"feedback": "aqsgd" remembers activations between pipeline stages; gradients have "ef" and "ef21"')
+
+
 class Constraints(Record):
     """What the planner must keep to (E 4.2: users may prune the option tree)."""
 
@@ -65,6 +72,15 @@ class BoundarySettings(Record):
 
     forward: CompressorSettings | None = Field(None, description="codec of activations")
     backward: CompressorSettings | None = Field(None, description="codec of their gradients")
+    shared_indices: bool = Field(False, description="gradients only where the activations' TopK has chosen, without indices")
+
+    @model_validator(mode="after")
+    def _one_way_back(self) -> BoundarySettings:
+        if self.shared_indices and (self.forward is None or self.forward.density is None or self.backward is not None):
+            raise ValueError('"shared_indices" takes a "forward" with a "density", such as topk, and no "backward" of its own')
+        if self.backward is not None and self.backward.feedback == "aqsgd":
+            raise ValueError('"feedback": "aqsgd" remembers activations of examples; give "backward" another')
+        return self
 
 
 class PipelineSettings(BoundarySettings):
@@ -75,6 +91,11 @@ class PipelineSettings(BoundarySettings):
     )
     per_example: bool = Field(False, description="compress each example of a micro-batch by itself")
     evaluation: Literal["as trained", "uncompressed"] = Field("as trained", description="what eval_batch does")
+    examples: Literal["content", "position"] = Field(
+        "content", description="what tells AQ-SGD the examples apart, unless batches have a third item, their numbers"
+    )
+    example_memory: Literal["float32", "bfloat16", "8 bits"] = Field("float32", description="how AQ-SGD keeps them")
+    example_bytes: PositiveInt = Field(4 << 30, description="most memory of AQ-SGD for one direction on one rank")
 
 
 class EspressoBlock(Record):
@@ -107,3 +128,8 @@ class EspressoBlock(Record):
         if not isinstance(value, dict):
             raise ValueError('the "espresso" block is a JSON object')
         return value
+
+    @model_validator(mode="after")
+    def _for_gradients(self) -> EspressoBlock:
+        check_for_gradients((self.compressor, *self.alternatives))
+        return self

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 
-from .config import CompressorSettings, EspressoBlock
+from .config import CompressorSettings, EspressoBlock, PipelineSettings, check_for_gradients
 from .errors import FileError
 from .hosts import ClusterKind
 from .option import Option
@@ -97,6 +98,16 @@ class StepPrediction(Record):
     units: tuple[UnitPrediction, ...] = Field(description="in the order on the wire")
 
 
+class PipelineDecision(Record):
+    """What crosses between pipeline stages, and which of the plan's tensors belong to which stage."""
+
+    stages: int = Field(ge=2)
+    micro_batches: PositiveInt
+    settings: PipelineSettings
+    tensors: tuple[NonNegativeInt, ...] = Field(description="how many of the plan's tensors each stage has, in this order")
+    why: tuple[str, ...] = Field((), description="the planner's reason for each boundary, for people")
+
+
 class Plan(FileRecord):
     """Decisions in the order on the wire. `seal` is the hash of all else: an edited plan is noticed."""
 
@@ -111,7 +122,14 @@ class Plan(FileRecord):
     predicted: Prediction
     tensors: tuple[TensorDecision, ...]
     step: StepPrediction | None = None
+    pipeline: PipelineDecision | None = None
     seal: str = ""
+
+    @field_validator("compressors")
+    @classmethod
+    def _for_gradients(cls, value: tuple[CompressorSettings, ...]) -> tuple[CompressorSettings, ...]:
+        check_for_gradients(value)
+        return value
 
     def sealed(self) -> Plan:
         """The same plan with its seal set to the hash of all other fields."""
@@ -120,8 +138,9 @@ class Plan(FileRecord):
     def _hash(self) -> str:
         # Plans without fields that were added later keep the seal that they were given.
         exclude: dict[str, Any] = {"seal": True}
-        if self.step is None:
-            exclude["step"] = True
+        for name in ("step", "pipeline"):
+            if getattr(self, name) is None:
+                exclude[name] = True
         if self.made_for.cluster is None:
             exclude["made_for"] = {"cluster": True}
         return fingerprint(self.model_dump(mode="json", exclude=exclude))
@@ -133,8 +152,14 @@ class Plan(FileRecord):
             groups.setdefault(tensor.unit, []).append(tensor)
         return [tuple(group) for group in groups.values()]
 
+    def of_stage(self, stage: int) -> Plan:
+        """The plan of one stage of a pipeline: its tensors alone, unsealed."""
+        assert self.pipeline is not None
+        start = sum(self.pipeline.tensors[:stage])
+        return self.model_copy(update={"tensors": self.tensors[start : start + self.pipeline.tensors[stage]], "step": None})
+
     def check(self, where: str) -> None:
-        """Raise FileError at a broken seal, a name that stands twice, or a unit that is split or mixed."""
+        """Raise FileError at a broken seal, a name that stands twice, or a unit that is split, mixed or of two stages."""
         if self.seal != self._hash():
             raise FileError(
                 f"{where}: the plan was edited after it was made (seal {self.seal!r}, content {self._hash()!r}); "
@@ -149,10 +174,21 @@ class Plan(FileRecord):
             fault = next((key for key in _SHARED if getattr(before, key) != getattr(after, key)), None)
             if after.unit == before.unit and fault:
                 raise FileError(f"{where}: tensors {before.name!r} and {after.name!r} share unit {after.unit}, but not {fault}")
+        if self.pipeline is not None:
+            self._check_stages(self.pipeline, where)
         if odd := next((tensor for tensor in self.tensors if tensor.codec >= len(self.compressors)), None):
             raise FileError(
                 f"{where}: tensor {odd.name!r} has codec {odd.codec}, but the plan has {len(self.compressors)} compressors"
             )
+
+    def _check_stages(self, pipeline: PipelineDecision, where: str) -> None:
+        if len(pipeline.tensors) != pipeline.stages or sum(pipeline.tensors) != len(self.tensors):
+            raise FileError(
+                f"{where}: {pipeline.stages} stages with {list(pipeline.tensors)} tensors, but the plan has {len(self.tensors)}"
+            )
+        for first in set(accumulate(pipeline.tensors)) - {0, len(self.tensors)}:
+            if self.tensors[first - 1].unit == self.tensors[first].unit:
+                raise FileError(f"{where}: tensor {self.tensors[first].name!r} shares a unit with one of the stage before")
 
 
 def read_block(ds_config: dict[str, Any], where: str) -> EspressoBlock | None:
