@@ -55,8 +55,8 @@ class Checkpoints:
         self._engine, self._settings, self._memory = engine, settings, memory
         self._group: ProcessGroup | None = group
         self._save, self._load = engine.save_checkpoint, engine.load_checkpoint
-        engine.save_checkpoint = functools.wraps(self._save)(self._saving)
-        engine.load_checkpoint = functools.wraps(self._load)(self._loading)
+        engine.save_checkpoint = self._saving
+        engine.load_checkpoint = self._loading
 
     def detach(self) -> None:
         """Give the engine its own methods back, and let go of the group, whose threads must not outlive the interpreter."""
