@@ -32,8 +32,8 @@ class ExampleNumbers:
     def __init__(self, engine: Any, rule: Literal["content", "position"]) -> None:
         self._waiting: deque[Tensor] = deque()
         self._engine, self._rule, self._loaded = engine, rule, 0
-        self._epoch = _epoch(engine) if rule == "position" else 0
         if engine.is_first_stage():
+            self._epoch = _epoch(engine) if rule == "position" else 0
             engine._next_batch = self._wrapped(engine._next_batch)
 
     def add(self, numbers: Tensor) -> None:

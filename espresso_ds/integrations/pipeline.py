@@ -123,6 +123,10 @@ class PipelineAttachment:
             schedule.RecvGrad: (engine.stage_id, "backward"),
         }
         ours = {kind: self._through(kind, place) for kind, place in kinds.items() if place in self._channels}
+        if schedule.SendActivation in ours:
+            forward = engine._INSTRUCTION_MAP[schedule.ForwardPass]
+            passes = _sending_at_once(forward, ours[schedule.SendActivation], self._compresses)
+            ours |= dict(zip((schedule.ForwardPass, schedule.SendActivation), passes, strict=True))
         engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **ours}
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
         engine._allocate_or_extend_buffers = self._buffer
@@ -151,7 +155,7 @@ class PipelineAttachment:
         @functools.wraps(original)
         def instruction(engine: Any, *args: Any, **kwargs: Any) -> None:
             global _current
-            if not torch.is_grad_enabled() and not self.evaluates:
+            if not self._compresses():
                 original(engine, *args, **kwargs)
                 return
             sends = kind.__name__ == "SendActivation"
@@ -166,6 +170,10 @@ class PipelineAttachment:
                 self._numbers.add(now.examples)
 
         return instruction
+
+    def _compresses(self) -> bool:
+        """Whether what is under way, training or evaluation, goes through the channels."""
+        return torch.is_grad_enabled() or self.evaluates
 
     def _numbered(self, boundary: int, direction: Direction) -> bool:
         """Whether numbers of examples cross here: AQ-SGD is on this boundary, or needs them on a later one."""
@@ -251,6 +259,33 @@ def _channels(engine: Any, ways: Ways, timeout_s: float) -> dict[tuple[int, Dire
                 sends = (stage == boundary) == (direction == "forward")
                 found[boundary, direction] = (Outgoing if sends else Incoming)(way, group, timeout_s)
     return found
+
+
+def _sending_at_once(
+    forward: Callable[..., None], send: Callable[..., None], at_once: Callable[[], bool]
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """A forward pass whose activations leave as soon as they are there, and what is left of their send instruction.
+
+    DeepSpeed's schedule has it wait for the gradients that come next, as a pair of blocking calls in step with the stage after.
+    Nothing can wait in a circle: activations alone ever block, where they are integers, and stages take them in their order.
+    """
+    sent: set[int] = set()
+
+    @functools.wraps(forward)
+    def forward_pass(engine: Any, buffer_id: int) -> None:
+        forward(engine, buffer_id)
+        if at_once():
+            send(engine, buffer_id)
+            sent.add(buffer_id)
+
+    @functools.wraps(send)
+    def send_activations(engine: Any, buffer_id: int) -> None:
+        if buffer_id in sent:
+            sent.remove(buffer_id)
+        else:
+            send(engine, buffer_id)
+
+    return forward_pass, send_activations
 
 
 def _floats(engine: Any, kind: str, buffer_id: int) -> int:
