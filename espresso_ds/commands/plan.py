@@ -11,9 +11,10 @@ from .. import __version__
 from ..core.config import EspressoBlock
 from ..core.errors import FileError
 from ..core.option import Level, Option
-from ..core.plan import BLOCK, Plan, load_json, plan_of, read_block, save_plan_file
+from ..core.plan import BLOCK, PipelineDecision, Plan, load_json, plan_of, read_block, save_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..planner.build import make_plan
+from ..planner.build_pipeline import make_pipeline_plan
 from .job import Report, Reporter
 
 
@@ -37,6 +38,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--uncompressed", action="store_true", help="no compression: only overlap with backward and fuse")
     thrift = "share of the fastest plan's step to give for leaving uncompressed what compression helps least (default: 0.01)"
     parser.add_argument("--thrift", type=float, help=thrift)
+    replicas = "of a PipelineModule: cluster profile of as many ranks as a stage has replicas, placed as those are"
+    parser.add_argument("--replicas", type=Path, metavar="CLUSTER.JSON", help=replicas)
     parser.add_argument("--flat", action="store_true", help="no two-level schemes inside and between nodes")
     parser.add_argument("-o", "--out", type=Path, default=Path("plan.json"), help="(default: %(default)s)")
 
@@ -92,17 +95,24 @@ def write_plan(
     report: Report,
 ) -> Plan:
     """Make the plan and write it into a copy of the config. Raises MismatchError, FileError."""
-    plan = make_plan(
-        trace,
-        cluster,
-        compressors,
-        made_by=f"espresso_ds {__version__}",
-        uncompressed=args.uncompressed,
-        thrift=block.thrift,
-        constraints=block.constraints,
-        error_budget=block.error_budget,
-        progress=lambda stage, done, total: report(done / max(1, total), stage),
-    )
+    made_by = f"espresso_ds {__version__}"
+    if trace.pipeline is not None:
+        replicas = None if args.replicas is None else ClusterProfile.load(args.replicas)
+        how = {"made_by": made_by, "block": block, "uncompressed": args.uncompressed, "replicas": replicas}
+        plan = make_pipeline_plan(trace, cluster, compressors, **how)
+        block = block.model_copy(update={"pipeline": None})  # the plan has it
+    else:
+        plan = make_plan(
+            trace,
+            cluster,
+            compressors,
+            made_by=made_by,
+            uncompressed=args.uncompressed,
+            thrift=block.thrift,
+            constraints=block.constraints,
+            error_budget=block.error_budget,
+            progress=lambda stage, done, total: report(done / max(1, total), stage),
+        )
     save_plan_file(args.out, {key: value for key, value in config.items() if key != BLOCK}, block, plan)
     return plan
 
@@ -128,6 +138,8 @@ def summary(plan: Plan) -> dict[str, Any]:
 def describe(plan: Plan) -> str:
     """What a plan promises, in a line."""
     predicted = plan.predicted
+    if plan.pipeline is not None:
+        return _describe_pipeline(plan, plan.pipeline)
     compressed = sum(Option.parse(tensor.option).compresses for tensor in plan.tensors)
     gain = predicted.stock_s / predicted.planned_s
     if not compressed:
@@ -139,3 +151,14 @@ def describe(plan: Plan) -> str:
         f"{compressed} of {len(plan.tensors)} tensors compressed; expected step {predicted.planned_s:.3f} s instead of "
         f"{predicted.stock_s:.3f} s ({gain:.2f}x), {predicted.compute_s:.3f} s without any synchronisation"
     )
+
+
+def _describe_pipeline(plan: Plan, pipeline: PipelineDecision) -> str:
+    predicted = plan.predicted
+    compressed = sum(Option.parse(tensor.option).compresses for tensor in plan.tensors)
+    gradients = f", {compressed} of {len(plan.tensors)} gradients compressed" if plan.tensors else ""
+    head = (
+        f"{pipeline.stages} stages{gradients}; expected step {predicted.planned_s:.3f} s instead of {predicted.stock_s:.3f} s "
+        f"({predicted.stock_s / predicted.planned_s:.2f}x), {predicted.compute_s:.3f} s if nothing had to cross"
+    )
+    return "\n  ".join([head, *pipeline.why])

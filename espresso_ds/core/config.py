@@ -58,6 +58,8 @@ class Constraints(Record):
     exact: tuple[str, ...] = Field((), description="patterns (*norm*, *.bias) of tensors that are never compressed")
     summable_only: bool = Field(False, description="only codecs whose payloads can be summed")
     residual_bytes: NonNegativeInt | None = Field(None, description="most memory of one rank for error feedback")
+    boundary_density: float = Field(0.1, gt=0, le=1, description="least density of TopK between pipeline stages")
+    milder_backward: bool = Field(True, description="gradients between pipeline stages lose less than activations")
 
 
 class GuardSettings(Record):

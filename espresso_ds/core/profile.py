@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from .config import CompressorSettings
 from .hosts import ClusterKind, Host
@@ -32,6 +32,39 @@ class TracedTensor(Record):
     firings: PositiveInt = Field(1, description="how often its hook fires in one backward (more than 1: reentrant checkpointing)")
 
 
+class TracedStage(Record):
+    """One stage of a pipeline: seconds of a micro-batch's passes and of what follows all of them, on its slowest replica."""
+
+    host: NonNegativeInt = Field(description="number of the host of its first replica")
+    forward_s: Seconds
+    backward_s: Seconds
+    after_s: Seconds = Field(description="the optimizer's step")
+    tensors: NonNegativeInt = Field(description="how many of the trace's tensors it trains")
+
+
+class TracedBoundary(Record):
+    """What crosses between two stages for a micro-batch: elements of each floating-point tensor, and bytes of one as it is."""
+
+    forward_numel: tuple[Numel, ...] = Field(min_length=1)
+    backward_numel: tuple[Numel, ...]
+    element_bytes: PositiveInt
+    examples: PositiveInt = Field(1, description="length of the first dimension")
+
+
+class PipelineTrace(Record):
+    """The stages of a PipelineModule and what crosses between them."""
+
+    micro_batches: PositiveInt
+    stages: tuple[TracedStage, ...] = Field(min_length=2)
+    boundaries: tuple[TracedBoundary, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _in_a_row(self) -> PipelineTrace:
+        if len(self.boundaries) != len(self.stages) - 1:
+            raise ValueError(f"{len(self.stages)} stages have {len(self.stages) - 1} boundaries, not {len(self.boundaries)}")
+        return self
+
+
 class ModelTrace(FileRecord):
     """Gradient sizes and ready times of one model under one config, synchronisation left out (E 4.4)."""
 
@@ -54,7 +87,15 @@ class ModelTrace(FileRecord):
     backward_s: PositiveSeconds = Field(description="duration of the backward that is synchronised")
     after_s: Seconds = Field(description="clipping, optimizer and all else after backward")
     spread: NonNegativeFloat = Field(0.0, description="interquartile range of the step time over its median")
-    tensors: tuple[TracedTensor, ...] = Field(description="in the order in which gradients become ready")
+    tensors: tuple[TracedTensor, ...] = Field(
+        description="in the order in which gradients become ready; of a pipeline, stage by stage, from each one's last backward"
+    )
+    pipeline: PipelineTrace | None = Field(None, description="of a PipelineModule; the times above are then of its slowest stage")
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the content; that of a file from before there were pipelines stays what it was."""
+        return fingerprint(self.model_dump(mode="json", exclude={"pipeline"} if self.pipeline is None else None))
 
     @property
     def compute_s(self) -> float:

@@ -69,9 +69,14 @@ def _traced(initialize: Callable[..., Any], call: inspect.BoundArguments) -> Any
     if config is None and os.environ.get(TRACE_CONFIG_ENV):
         call.arguments["config"] = os.environ[TRACE_CONFIG_ENV]
     result = initialize(*call.args, **call.kwargs)
-    from .tracer import attach_tracer
+    if getattr(result[0], "pipeline_parallelism", False):
+        from .pipeline_tracer import attach_pipeline_tracer
 
-    attach_tracer(result[0])
+        attach_pipeline_tracer(result[0])
+    else:
+        from .tracer import attach_tracer
+
+        attach_tracer(result[0])
     return result
 
 

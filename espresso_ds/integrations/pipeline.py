@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..core.config import EspressoBlock, PipelineSettings
+from ..core.config import PipelineSettings
 from ..core.errors import MismatchError, UnsupportedError
 from ..core.plan import read_block
 from ..runtime import ways
@@ -72,7 +72,11 @@ def attach_pipeline(engine: Any, config: dict[str, Any], where: str) -> None:
     with agreement.collecting():
         block = read_block(config, where)
         assert block is not None and block.pipeline is not None
-        _check(engine, block)
+        check_supported(engine)
+        if block.plan is not None or named_by_env():
+            raise UnsupportedError(
+                'a plan for gradients together with "pipeline": this cannot be done yet; leave one of them out'
+            )
         found = ways.make(block.pipeline, engine.num_stages)
         if any(way.examples for way in found.values()):
             numbers = ExampleNumbers(engine, block.pipeline.examples)
@@ -227,15 +231,14 @@ class PipelineAttachment:
         return held[:numel].view(shape)
 
 
-def _check(engine: Any, block: EspressoBlock) -> None:
-    """Raise UnsupportedError where boundaries cannot be compressed."""
+def check_supported(engine: Any) -> None:
+    """Raise UnsupportedError naming the first thing about the engine under which boundaries cannot be compressed."""
     faults = [
         (
             not getattr(engine, "pipeline_parallelism", False),
             '"pipeline" in the "espresso" block, and a model that is no PipelineModule',
             "leave it out",
         ),
-        (block.plan is not None or named_by_env(), 'a plan for gradients together with "pipeline"', "leave one of them out"),
         (engine.device.type != "cpu", f"a pipeline on {engine.device.type}", "leave it out"),
         (
             getattr(engine, "fp16_enabled", bool)(),

@@ -29,7 +29,7 @@ from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -289,6 +289,10 @@ class Costs:
     def payload_nbytes(self, device: Device, numel: int | NDArray, codec: int = 0) -> NDArray[np.float64]:
         """Bytes of one payload of `numel` elements, of the same shape. Raises FileError (not measured)."""
         return np.maximum(1.0, self._of(self._payload, codec, device)(numel))
+
+    def codec_s(self, work: Literal["encode", "decode"], codec: int, device: Device, numel: int) -> float:
+        """Seconds of encoding or decoding one payload of `numel` elements. Raises FileError (not measured)."""
+        return float(self._of(self._encode if work == "encode" else self._decode, codec, device)(numel))
 
     def routine(self, task: Task, level: Level, groups: int = 1) -> Curve:
         """Seconds of a routine over the bytes that one rank puts in. Raises FileError (not measured)."""

@@ -1,0 +1,201 @@
+"""`espresso trace` of a PipelineModule: times the passes of every stage, counts what crosses, writes the trace, ends the script.
+
+Messages go DeepSpeed's own way meanwhile, and its replicas are synchronised; neither is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..core.errors import EspressoError
+from ..core.profile import ModelTrace, PipelineTrace, TracedBoundary, TracedStage, TracedTensor
+from ..core.progress import print_progress
+from ..runtime.agree import Agreement
+from .engine_facts import dtype_name, layout, timing_config, trainable
+from .pipeline import check_supported
+from .tracer import STEPS_ENV, TRACE_ENV, WARM_UP
+
+
+@dataclass
+class _Seen:
+    """What one rank saw: seconds of passes and of the optimizer by step, seconds until gradients were ready in last backwards,
+    elements of tensors that left."""
+
+    forward_s: list[list[float]] = field(default_factory=list)
+    backward_s: list[list[float]] = field(default_factory=list)
+    after_s: list[float] = field(default_factory=list)
+    ready_s: list[dict[str, float]] = field(default_factory=list)
+    numel: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    element_bytes: int = 4
+    examples: int = 1
+
+
+def attach_pipeline_tracer(engine: Any) -> None:
+    """Time `engine`'s next steps. Collective. Raises UnsupportedError on every rank where its boundaries cannot be compressed."""
+    group = dist.new_group(backend="gloo")
+    agreement = Agreement(group)
+    with agreement.collecting():
+        check_supported(engine)
+    agreement.settle()
+    _PipelineTracer(engine, group, int(os.environ.get(STEPS_ENV, "8")))
+
+
+class _PipelineTracer:
+    def __init__(self, engine: Any, group: dist.ProcessGroup, steps: int) -> None:
+        from deepspeed.runtime.pipe import schedule
+
+        self._engine, self._group, self._steps = engine, group, steps
+        self._ranks_per_node = layout().ranks_per_node
+        # Tied weights are summed over stages after backward, and only then over replicas: no plan has them.
+        self._parameters = {name: p for name, p in trainable(engine).items() if not name.startswith("tied_modules.")}
+        self._seen, self._backward_begun = _Seen(), 0.0
+        self._ready: dict[str, float] = {}
+        for name, parameter in self._parameters.items():
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._is_ready, name))
+        given = engine._INSTRUCTION_MAP
+        engine._INSTRUCTION_MAP = {
+            **given,
+            schedule.ForwardPass: self._timed(given[schedule.ForwardPass], self._seen.forward_s),
+            schedule.BackwardPass: self._timed(given[schedule.BackwardPass], self._seen.backward_s),
+            schedule.SendActivation: self._counted(given[schedule.SendActivation], "forward", "outputs", lambda t: t),
+            schedule.SendGrad: self._counted(given[schedule.SendGrad], "backward", "inputs", lambda t: t.grad),
+            schedule.OptimizerStep: self._last(given[schedule.OptimizerStep]),
+        }
+        self._step_begins()
+
+    def _step_begins(self) -> None:
+        self._seen.forward_s.append([])
+        self._seen.backward_s.append([])
+
+    def _timed(self, original: Callable[..., None], into: list[list[float]]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def instruction(engine: Any, *args: Any, **kwargs: Any) -> None:
+            start = self._backward_begun = time.perf_counter()
+            original(engine, *args, **kwargs)
+            if torch.is_grad_enabled():
+                into[-1].append(time.perf_counter() - start)
+
+        return instruction
+
+    def _counted(
+        self, original: Callable[..., None], direction: str, buffer: str, of: Callable[[Tensor], Tensor | None]
+    ) -> Callable[..., None]:
+        @functools.wraps(original)
+        def instruction(engine: Any, buffer_id: int) -> None:
+            held = engine.pipe_buffers[buffer][buffer_id]
+            sent = [each for each in map(of, held if isinstance(held, tuple) else (held,)) if each is not None]
+            floats = [each for each in sent if each.is_floating_point()]
+            self._seen.numel[direction] = tuple(each.numel() for each in floats)
+            self._seen.element_bytes = max((each.element_size() for each in floats), default=4)
+            self._seen.examples = max((len(each) for each in floats if each.dim() > 1), default=1)
+            original(engine, buffer_id)
+
+        return instruction
+
+    def _last(self, original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def instruction(engine: Any, *args: Any, **kwargs: Any) -> None:
+            start = time.perf_counter()
+            original(engine, *args, **kwargs)
+            self._seen.after_s.append(time.perf_counter() - start)
+            self._seen.ready_s.append(dict(self._ready))
+            done, all_steps = len(self._seen.after_s), self._steps + WARM_UP
+            if dist.get_rank() == 0:
+                print()  # the script may have a progress bar of its own on this line
+                print_progress(done / all_steps, f"step {done} of {all_steps}")
+            if done >= all_steps:
+                self._finish()
+            self._step_begins()
+
+        return instruction
+
+    def _is_ready(self, name: str, _: torch.nn.Parameter) -> None:
+        self._ready[name] = time.perf_counter() - self._backward_begun  # the last micro-batch's stays
+
+    def _finish(self) -> None:
+        tensors = [(name, tuple(p.shape), dtype_name(p.dtype)) for name, p in self._parameters.items()]
+        own = (self._engine.stage_id, socket.gethostname(), self._seen, tensors)
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own, group=self._group)
+        if dist.get_rank() == 0:
+            try:
+                self._trace(ranks).save(os.environ[TRACE_ENV])
+            except (EspressoError, OSError) as error:
+                print(f"espresso: {error}", file=sys.stderr, flush=True)
+                sys.exit(1)
+        dist.barrier(group=self._group)
+        sys.exit(0)
+
+    def _trace(self, ranks: list[tuple[int, str, _Seen, list[tuple[str, tuple[int, ...], str]]]]) -> ModelTrace:
+        engine = self._engine
+        hosts = list(dict.fromkeys(host for _, host, _, _ in ranks))
+        stages, boundaries, tensors = [], [], []
+        for stage in range(engine.num_stages):
+            replicas = [each for each in ranks if each[0] == stage]
+            seen = [each for _, _, each, _ in replicas]
+            own = sorted(_tensors(seen, replicas[0][3]), key=lambda tensor: tensor.ready_s)
+            tensors += own
+            stages.append(
+                TracedStage(
+                    host=hosts.index(replicas[0][1]),
+                    forward_s=max(_median(each.forward_s[WARM_UP:]) for each in seen),
+                    backward_s=max(_median(each.backward_s[WARM_UP:]) for each in seen),
+                    after_s=max(statistics.median(each.after_s[WARM_UP:]) for each in seen),
+                    tensors=len(own),
+                )
+            )
+            if stage > 0:
+                before = next(each for at, _, each, _ in ranks if at == stage - 1)
+                boundaries.append(
+                    TracedBoundary(
+                        forward_numel=before.numel["forward"],
+                        backward_numel=seen[0].numel.get("backward", ()),
+                        element_bytes=before.element_bytes,
+                        examples=before.examples,
+                    )
+                )
+        slowest = max(stages, key=lambda stage: stage.forward_s + stage.backward_s)
+        passes = engine.micro_batches + engine.num_stages - 1
+        return ModelTrace(
+            model=type(engine.module).__name__,
+            device="cpu",
+            world_size=dist.get_world_size(),
+            ranks_per_node=self._ranks_per_node,
+            threads=torch.get_num_threads(),
+            cores=len(os.sched_getaffinity(0)),
+            steps=self._steps,
+            config=timing_config(engine),
+            wire_dtype=dtype_name(engine.communication_data_type),
+            forward_s=passes * (slowest.forward_s + slowest.backward_s) - slowest.backward_s,
+            backward_s=slowest.backward_s,
+            after_s=max(stage.after_s for stage in stages),
+            tensors=tuple(tensors),
+            pipeline=PipelineTrace(micro_batches=engine.micro_batches, stages=tuple(stages), boundaries=tuple(boundaries)),
+        )
+
+
+def _tensors(seen: list[_Seen], parameters: list[tuple[str, tuple[int, ...], str]]) -> list[TracedTensor]:
+    """A stage's gradients: of each step the slowest replica counts, as all wait for it."""
+    found = []
+    for name, shape, dtype in parameters:
+        by_step = zip(*(each.ready_s[WARM_UP:] for each in seen), strict=True)
+        ready_s = statistics.median(max(ready.get(name, 0.0) for ready in step) for step in by_step)
+        numel = torch.Size(shape).numel()
+        found.append(TracedTensor(name=name, shape=shape, dtype=dtype, numel=numel, ready_s=ready_s))
+    return found
+
+
+def _median(steps: list[list[float]]) -> float:
+    return statistics.median(seconds for step in steps for seconds in step)
