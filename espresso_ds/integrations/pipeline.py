@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..compressors import registry
-from ..core.config import CompressorSettings, EspressoBlock, PipelineSettings
+from ..core.config import CompressorSettings, PipelineSettings
 from ..core.errors import UnsupportedError
 from ..core.plan import read_block
 from ..feedback import Feedback
 from ..runtime.agree import Agreement, meet
 from ..runtime.crossing import Incoming, Outgoing, Way
 from .guarding import tell
-from .plan_source import named_by_env
+from .plan_source import PIPELINE_BESIDE_PLAN, named_by_env
 
 MEETING_S = 60.0
 """How long a rank waits for the others to hear of the block."""
@@ -68,12 +68,28 @@ def attach_pipeline(engine: Any, config: dict[str, Any], where: str) -> None:
     with agreement.collecting():
         block = read_block(config, where)
         assert block is not None and block.pipeline is not None
-        _check(engine, block)
-        ways = _ways(block.pipeline, engine.num_stages)
+        if block.plan is not None or named_by_env():
+            raise UnsupportedError(PIPELINE_BESIDE_PLAN)
+        ways = ways_of(engine, block.pipeline)
     agreement.settle({"pipeline": "" if block is None else repr(block.pipeline)})
     assert block is not None and block.pipeline is not None
     engine.espresso = PipelineAttachment(engine, ways, block.pipeline.evaluation == "as trained", block.timeout_s)
+    tell_ways(ways)
+
+
+def tell_ways(ways: Mapping[tuple[int, Direction], Way]) -> None:
+    """One line for people: how tensors travel."""
     tell("; ".join(["pipeline boundaries compressed", *(f"{way.label}: {way.kind}" for way in ways.values())]))
+
+
+def ways_of(engine: Any, settings: PipelineSettings) -> Mapping[tuple[int, Direction], Way]:
+    """How tensors will travel, by boundary and direction.
+
+    Raises:
+        EspressoError: an engine or a codec for which this is not possible.
+    """
+    _check(engine)
+    return _ways(settings, engine.num_stages)
 
 
 class PipelineAttachment:
@@ -147,15 +163,14 @@ class PipelineAttachment:
         return held[:numel].view(shape)
 
 
-def _check(engine: Any, block: EspressoBlock) -> None:
+def _check(engine: Any) -> None:
     """Raise UnsupportedError where boundaries cannot be compressed."""
     faults = [
         (
             not getattr(engine, "pipeline_parallelism", False),
-            '"pipeline" in the "espresso" block, and a model that is no PipelineModule',
+            '"pipeline" in the "espresso" block or its plan, and a model that is no PipelineModule',
             "leave it out",
         ),
-        (block.plan is not None or named_by_env(), 'a plan for gradients together with "pipeline"', "leave one of them out"),
         (engine.device.type != "cpu", f"a pipeline on {engine.device.type}", "leave it out"),
         (
             getattr(engine, "fp16_enabled", bool)(),
