@@ -8,8 +8,10 @@ import hashlib
 import io
 import json
 import os
+import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -21,6 +23,7 @@ from plans import plan_for, staged_plan, with_plan
 from espresso_ds.core.config import CompressorSettings, GuardSettings, PipelineSettings
 from espresso_ds.core.errors import EspressoError
 from espresso_ds.core.plan import BLOCK, save_plan_file
+from espresso_ds.integrations import engine_facts
 from espresso_ds.integrations.engine_facts import timing_config
 from espresso_ds.integrations.plan_source import HASH_ENV, PATH_ENV, from_config
 
@@ -140,6 +143,16 @@ def said(config):
     return told.getvalue()
 
 
+@contextlib.contextmanager
+def hosts(names):
+    """Ranks on so many hosts, as far as we ask."""
+    engine_facts.socket = SimpleNamespace(gethostname=lambda: names[dist.get_rank()])
+    try:
+        yield
+    finally:
+        engine_facts.socket = socket
+
+
 def failure(attempt, *args, **kwargs):
     """The message with which it stops at start."""
     try:
@@ -181,7 +194,8 @@ def equal():
         config = config_for(2, **changes)
         block = {"pipeline": {"forward": IDENTITY, "backward": IDENTITY}, "timeout_s": 60}
         found[name] = trained(config), trained({**config, BLOCK: block})
-    tied = config_for(2)
+    with hosts("abab"):  # each replica of a stage on a host of its own
+        found["two hosts"] = trained(tied := config_for(2)), trained(planned(tied, nodes=2, option="RS.intra AR.inter AG.intra"))
     found["tied, block"] = trained(tied, kind=Tied), trained({**tied, BLOCK: {"pipeline": {}, "timeout_s": 60}}, kind=Tied)
     return found
 

@@ -310,8 +310,8 @@ def check_options(
         if option.levels != {Level.FLAT} and not hosts.in_order:
             raise MismatchError(
                 f"{tensor.name}: option {option} works inside and between hosts, but the ranks of a host do not follow each "
-                'other (such as with `mpirun --map-by node`); place them host by host, or set "constraints": {"flat_only": true} '
-                "and plan again"
+                "other (such as with `mpirun --map-by node`), or replicas of a pipeline stage lie unevenly on hosts; place them "
+                'host by host, or set "constraints": {"flat_only": true} and plan again'
             )
         if device == "cpu" and any(action.at is Device.GPU for action in option.actions):
             raise FileError(f"{tensor.name}: option {option} compresses on a GPU, but the model computes on the CPU; plan again")
