@@ -36,7 +36,7 @@ ZERO1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": Tru
 
 
 class Tied(torch.nn.Module):
-    """First and last layer share the weight, and each has a bias of its own."""
+    """First and last layer share the weight."""
 
     def __init__(self):
         super().__init__()
@@ -46,10 +46,15 @@ class Tied(torch.nn.Module):
         return torch.tanh(x @ self.weight)
 
 
+class Alone(Tied):
+    """As before, with one layer between: the last stage has a copy and nothing else, so nothing is planned for it."""
+
+
 def layers(kind):
-    inner = [LayerSpec(kind if kind is not Tied else Plain) for _ in range(4)]
-    tied = [TiedLayerSpec("ends", Tied)] if kind is Tied else []
-    return [*tied, *inner, *tied]
+    if not issubclass(kind, Tied):
+        return [LayerSpec(kind) for _ in range(4)]
+    ends = [TiedLayerSpec("ends", kind)]
+    return [*ends, *(LayerSpec(Plain) for _ in range(1 if kind is Alone else 4)), *ends]
 
 
 def config_for(micro_batches, **changes):
@@ -182,6 +187,7 @@ def equal():
         "checkpointed": (config_for(2), {"checkpointed": 1}, {}),
         "two tensors": (config_for(2), {"kind": Two}, {}),
         "tied": (config_for(3), {"kind": Tied}, {"fuse": 2}),
+        "nothing but a tied copy": (config_for(2), {"kind": Alone}, {}),
         "lossless boundaries": (config_for(2), {}, {"settings": {"forward": IDENTITY, "backward": IDENTITY}}),
         "ZeRO 1": (config_for(2, **ZERO1), {}, {"boundaries_only": True}),
         "ZeRO 1, bf16": (config_for(2, **ZERO1, **BF16), {}, {"boundaries_only": True}),
