@@ -20,7 +20,7 @@ VALUES = {
     "vote": ("majority", "mean"),
     "warmup_steps": (0,),
 }
-CANNOT = {("qsgd", 1)}
+CANNOT = {("qsgd", 1), ("fixed_point", 1)}
 """Values that a codec refuses: tested apart."""
 
 
@@ -112,6 +112,10 @@ def error_bound(codec: Codec, p: np.ndarray) -> np.ndarray:
             return _or_flushed(
                 np.minimum(np.maximum(2.0**-bits * size, lowest * largest(1024) / top), size), largest(1024) / top, size
             )
+        case "fixed_point":
+            top = 2 ** (codec.bits - 1) - 1
+            scale = np.minimum(size.max() * (1 + 2.0**-10) + 2.0**-24, 65504)
+            return np.maximum(np.minimum(size, scale / (2 * top)), size - 65504)
         case "natural" | "topk" | "topk_sampled" | "dgc" | "randomk":
             return size
         case "quantize" if codec.range == "absmax" and codec.bits == 1:
@@ -146,7 +150,7 @@ def lost_share(codec: Codec, numel: int) -> float:
             return 0.0
         case "fp16" | "bf16":
             return 2.0 ** (-22 if codec.name == "fp16" else -16)
-        case "fp8" | "quantize":
+        case "fp8" | "quantize" | "fixed_point":
             return 1.0
         case "natural":
             return 1 / 8

@@ -27,6 +27,7 @@ BLOCK = 4096
         ("bf16", {0: 0, 1: 2, 1000: 2000}),
         ("fp8", {0: 0, 1: 5, 1024: 1028, 1025: 1033, 2**32: 2**32 + 2**24}),
         ("natural", {0: 0, 1: 1, 1000: 1000}),
+        ("fixed_point", {0: 0, 1: 10, 8: 10, 9: 18, 1000: 1002}),
         ("quantize", {0: 0, 1: 12, 8: 12, 9: 16, 4096: 2056, 4097: 2068, 2**32: 8 * 2**20 + 2**31}),
         ("qsgd", {0: 0, 1: 8, 8: 8, 9: 12, 512: 260, 513: 268, 2**32: 4 * 2**23 + 2**31}),
         ("terngrad", {0: 0, 1: 6, 8: 6, 9: 8, 512: 132, 513: 138, 2**32: 4 * 2**23 + 2**30}),
@@ -151,6 +152,29 @@ def test_stochastic_quantizers_against_numpy(name):
         wrong = ~np.isclose(got[start : start + 512], expected, rtol=1e-5, atol=1e-12)
         assert wrong.mean() < 0.01, "more than what fp32 rounds to the other side of a draw"
     assert (got[100:200] == 0).all(), "zero stays exactly zero"
+
+
+@pytest.mark.parametrize(("shape", "columns"), [((6, 40), 40), ((3, 5, 40), 40), ((6, 4, 5, 2), 40), ((7,), 1), ((0, 40), 40)])
+@pytest.mark.parametrize("width", (2, 4, 8))
+def test_fixed_point_has_a_scale_for_each_feature_of_a_batch(width, shape, columns):
+    """Against numpy; 0.1 is no fp16 number, 1e-9 is below all of them, 1e6 is above."""
+    codec = make(CompressorSettings(name="fixed_point", bits=width, feedback="none")).for_shape(shape)
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    rows = x.reshape(-1, columns)
+    if columns > 1 and len(rows):
+        rows[:, 0], rows[:, 1], rows[0, 2] = np.sign(rows[:, 0]) * np.float32(0.1), rows[:, 1] * 1e-9, 1e6
+    flat = torch.from_numpy(x.ravel())
+    assert codec.payload_nbytes(flat.numel()) == (2 * columns + -(-flat.numel() // 8) * width if flat.numel() else 0)
+    found = decoded(codec, encoded(codec, flat), flat.numel()).numpy().reshape(-1, columns)
+    top = 2 ** (width - 1) - 1
+    scale = np.abs(rows).max(0, initial=0)
+    half = np.minimum(scale, 65504).astype(np.float16)
+    above = np.nextafter(np.minimum(half, np.float16(65472)), np.float16(np.inf))
+    half = np.where((half.astype(np.float32) < scale) & (half < 65504), above, half)
+    step = half.astype(np.float32) / np.float32(top)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = np.where(step > 0, np.clip(np.rint(rows / step), -top, top), 0)
+    np.testing.assert_allclose(found, levels * step, rtol=1e-6, atol=0)
 
 
 def test_qsgd_contracts_from_six_bits_up():

@@ -9,7 +9,7 @@ Whoever encodes passes the residual along, so that one pass over memory adds it,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +48,10 @@ class Codec(ABC):
 
     def at(self, step: int) -> Codec:
         """The codec of an optimizer step, counted from 0; another than this one while a density warms up."""
+        return self
+
+    def for_shape(self, shape: Sequence[int]) -> Codec:
+        """The codec for tensors of a shape that has a meaning, as activations have; gradients are encoded without one."""
         return self
 
     @abstractmethod

@@ -13,6 +13,7 @@ from espresso_ds.core.memory import check_memory
 from .base import Codec
 from .cast import Bf16, Fp16
 from .dgc import DGC
+from .fixed_point import FixedPoint
 from .fp8 import Fp8
 from .identity import Identity
 from .natural import Natural
@@ -46,6 +47,7 @@ CODECS: Mapping[str, Entry] = MappingProxyType(
         "fp8": Entry(Fp8, "eight bits of floating point, scaled by blocks", "ef", {"format": "e4m3"}),
         "natural": Entry(Natural, "powers of two, rounded at random", "none"),
         "quantize": Entry(Quantize, "a few bits per element, uniform in blocks", "ef", {"bits": 4, "range": "minmax"}),
+        "fixed_point": Entry(FixedPoint, "a few bits per element, one scale for each column", "ef", {"bits": 8}),
         "qsgd": Entry(QSGD, "a few bits per element, rounded at random", "none", {"bits": 4}),
         "terngrad": Entry(TernGrad, "-s, 0 or s, rounded at random", "none"),
         "signsgd": Entry(SignSGD, "signs without magnitude", "none", {"vote": "majority"}),
@@ -111,7 +113,7 @@ def _feedback(settings: CompressorSettings) -> FeedbackMode:
 
 def _check_feedback(settings: CompressorSettings, codec: Codec) -> None:
     mode = _feedback(settings)
-    if mode in ("ef", "ef21") and not codec.contractive:
+    if mode in ("ef", "ef21", "aqsgd") and not codec.contractive:
         raise FileError(
             f'compressor: "feedback": "{mode}" around {codec}, which is not contractive, so that the residual would grow without '
             f'limit; set "feedback" to "none", or choose a codec such as {_contractive_like(settings)}'

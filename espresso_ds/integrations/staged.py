@@ -26,7 +26,7 @@ from .engine import Attachment, Planned, banner, check_options, compressor_of, h
 from .engine_facts import Layout, check_cluster, check_job, cluster_kind, host_names, layout, timing_config
 from .guarding import guard_wanted, tell
 from .last_backward import LastBackward
-from .pipeline import PipelineAttachment, tell_ways, ways_of
+from .pipeline import PipelineAttachment, compress_boundaries, ways_of
 from .plan_source import Source
 from .stage_facts import check_staged, check_stages, stage_layout, stage_place, tied, told_by_all, untied
 
@@ -53,7 +53,7 @@ def attach_staged_plan(engine: Any, source: Source, fault: EspressoError | None)
             raise UnsupportedError(f"{TRACE_ENV}: a run trace of a pipeline cannot be written yet; unset it")
         check_job(plan, engine, hosts.nodes, hosts.ranks_per_node, where)
         check_cluster(plan, kind, source.block.any_cluster, where)
-        ways = ways_of(engine, plan.pipeline.settings)
+        found, numbers = ways_of(engine, plan.pipeline.settings)
         if plan.tensors:
             check_stages(plan, told, where)
         compressors = [compressor_of(settings, engine) for settings in plan.compressors]
@@ -62,10 +62,8 @@ def attach_staged_plan(engine: Any, source: Source, fault: EspressoError | None)
             check_options(plan.of_stage(told[members[0]][0]), compressors, timing_config(engine)["device"], own)
     items = {"plan seal": plan.seal, "timeout_s": str(source.block.timeout_s), "scaling": str(scaling_of(engine))}
     agreement.settle(items | {key: str(value) for key, value in timing_config(engine).items()})
-    dist.destroy_process_group(control)
-    boundaries = PipelineAttachment(engine, ways, plan.pipeline.settings.evaluation == "as trained", source.block.timeout_s)
+    boundaries = compress_boundaries(engine, plan.pipeline.settings, found, numbers, source.block.timeout_s, control)
     engine.espresso = StagedAttachment(engine, source, boundaries, compressors, layouts)
-    tell_ways(ways)
     if plan.tensors:
         gradients = engine.espresso.gradients
         tell(banner(source, 0 if gradients is None else gradients.buffer_nbytes))
