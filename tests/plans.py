@@ -1,7 +1,9 @@
 """Plans made by hand for small models, without profiles."""
 
+from math import prod
+
 from espresso_ds.core.config import CompressorSettings, EspressoBlock, GuardSettings
-from espresso_ds.core.plan import BLOCK, MadeFor, Plan, Prediction, TensorDecision
+from espresso_ds.core.plan import BLOCK, MadeFor, PipelineDecision, Plan, Prediction, TensorDecision
 from espresso_ds.core.profile import model_fingerprint
 
 PREDICTION = Prediction(
@@ -31,17 +33,42 @@ def plan_for(model, config, *, nodes=1, ranks=2, option="AR.flat", compressors=(
         profiles={},
         compressors=compressors,
         predicted=PREDICTION,
-        tensors=tuple(
-            TensorDecision(
-                name=name,
-                shape=tuple(p.shape),
-                dtype=dtype,
-                numel=p.numel(),
-                option=option,
-                codec=number // fuse % len(compressors),
-                unit=number // fuse,
-            )
-            for number, (name, p) in enumerate(named)
+        tensors=tuple(decisions([(name, tuple(p.shape)) for name, p in named], option, len(compressors), fuse, dtype)),
+    ).sealed()
+
+
+def decisions(named, option, codecs=1, fuse=1, dtype="float32", first=0) -> list[TensorDecision]:
+    """One for each (name, shape), `fuse` of them in a unit, the first of which is `first`; units take the codecs in turn."""
+    return [
+        TensorDecision(
+            name=name,
+            shape=shape,
+            dtype=dtype,
+            numel=prod(shape),
+            option=option,
+            codec=number // fuse % codecs,
+            unit=first + number // fuse,
+        )
+        for number, (name, shape) in enumerate(named)
+    ]
+
+
+def staged_plan(
+    stages, micro_batches, settings, config, *, nodes=1, ranks=4, option="AR.flat", compressors=(IDENTITY,), fuse=1
+) -> Plan:
+    """A sealed plan for a pipeline: `stages` lists the (name, shape) of each stage's parameters."""
+    found: list[TensorDecision] = []
+    for named in stages:
+        found += decisions(named[::-1], option, len(compressors), fuse, first=found[-1].unit + 1 if found else 0)
+    return Plan(
+        made_by="tests",
+        made_for=MadeFor(nodes=nodes, ranks_per_node=ranks // nodes, model="", config=config),
+        profiles={},
+        compressors=compressors,
+        predicted=PREDICTION,
+        tensors=tuple(found),
+        pipeline=PipelineDecision(
+            stages=len(stages), micro_batches=micro_batches, settings=settings, tensors=tuple(map(len, stages))
         ),
     ).sealed()
 

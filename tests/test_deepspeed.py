@@ -15,7 +15,7 @@ EXPECTED_FAILURES = {
     "unknown key": "unknown key 'compresor'; did you mean 'compressor'?",
     "world size": "was made for 1 hosts x",
     "config": "train_micro_batch_size_per_gpu = 4, this run has 8",
-    "pipeline": '"pipeline" in the "espresso" block, and a model that is no PipelineModule',
+    "pipeline": '"pipeline" in the "espresso" block next to a plan',
     "zero": "ZeRO stage 1",
     "missing tensor": "has no decision for 'last.bias'",
     "extra tensor": "decides for 'ghost'",

@@ -71,8 +71,8 @@ def test_hierarchical_options_are_refused_where_ranks_alternate_between_hosts():
     scattered, in_order = Layout(2, 2, in_order=False), Layout(2, 2, in_order=True)
     nested = plan_with("RS.intra AR.inter AG.intra")
     with pytest.raises(MismatchError, match=r"w: option .* works inside and between hosts"):
-        engine._check_options(nested, [BARE], "cpu", scattered)
-    engine._check_options(nested, [BARE], "cpu", in_order)
-    engine._check_options(plan_with("AR.flat"), [BARE], "cpu", scattered)
+        engine.check_options(nested, [BARE], "cpu", scattered)
+    engine.check_options(nested, [BARE], "cpu", in_order)
+    engine.check_options(plan_with("AR.flat"), [BARE], "cpu", scattered)
     with pytest.raises(FileError, match="compresses on a GPU"):
-        engine._check_options(plan_with("C.gpu AG.flat D.gpu"), [BARE], "cpu", in_order)
+        engine.check_options(plan_with("C.gpu AG.flat D.gpu"), [BARE], "cpu", in_order)

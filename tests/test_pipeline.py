@@ -16,7 +16,7 @@ EXPECTED_FAILURES = {
     "dgc": '"feedback": "dgc" is the momentum of gradients',
     "powersgd": "powersgd cannot be planned with",
     "fp16": "use bf16",
-    "plan of the launcher": 'a plan for gradients together with "pipeline"',
+    "plan of the launcher": '"pipeline" in the "espresso" block next to a plan',
     "ranks differ": "ranks disagree",
     "other memory": 'the checkpoint holds examples in "example_memory": "float32"',
     "positions of an unknown epoch": "give deepspeed.initialize the training_data",

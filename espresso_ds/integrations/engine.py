@@ -9,7 +9,8 @@ import atexit
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from ..runtime.synchroniser import Member, Scaling, Synchroniser
 from ..runtime.trace import Recorder, run_trace, wanted_path
 from .engine_facts import Layout, check_cluster, check_made_for, check_supported, cluster_kind, layout, timing_config, trainable
 from .guarding import Guarding, guard_wanted, tell
-from .plan_source import Source
+from .plan_source import PIPELINE_BESIDE_PLAN, Source
 from .settling import precision_of, settle_after_steps
 
 MEETING_S = 60.0
@@ -60,6 +61,45 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
         EspressoError: the same one on every rank: a bad plan, one made for something else, an unsupported engine, or ranks that
             disagree.
     """
+    control, agreement = hear_all(source, fault, functools.partial(check_supported, engine))
+    assert source is not None
+    hosts, kind = layout(), cluster_kind(engine)
+    wanted = False
+    with agreement.collecting():
+        wanted = guard_wanted(source.block.guard)
+        check_made_for(source.plan, engine, hosts.nodes, hosts.ranks_per_node, source.where)
+        check_cluster(source.plan, kind, source.block.any_cluster, source.where)
+        compressors = [compressor_of(settings, engine) for settings in source.plan.compressors]
+        check_options(source.plan, compressors, timing_config(engine)["device"], hosts)
+        trace_path = wanted_path(dist.get_rank())
+    agreement.settle(_items(engine, source) | {"guard": str(source.block.guard) if wanted else "off"})
+    tensors = [(tensor, Option.parse(tensor.option)) for tensor in source.plan.tensors]
+    options = {option for _, option in tensors}
+    compresses = any(option.compresses for option in options)
+    guarded = wanted and any(option.compresses and may_be_plain(compressors[tensor.codec]) for tensor, option in tensors)
+    place = Place(hosts.nodes, hosts.ranks_per_node, dist.get_rank())
+    own = groups.make(place, options | ({PLAIN} if guarded else set()), dist.get_backend(), source.block.timeout_s)
+    planned = Planned(source.plan, trainable(engine), own)
+    engine.espresso = Attachment(engine, source, planned, compressors, trace_path, control if guarded else None)
+    tell(banner(source, engine.espresso.buffer_nbytes))
+    if wanted and compresses and not guarded:
+        tell("guard: off, since uncompressed gradients would mean something else to the optimizer (DGC's momentum, signs)")
+
+
+def hear_all(source: Source | None, fault: EspressoError | None, check: Callable[[], None]) -> tuple[ProcessGroup, Agreement]:
+    """Meet all ranks, and go on only if each has a plan of the same kind and nothing to say against it. Collective.
+
+    Args:
+        source: the plan, or None where this rank has none.
+        fault: why this rank has no usable plan.
+        check: raises an EspressoError at what the plan cannot be carried out under.
+
+    Returns:
+        A gloo group of all ranks, and what collects further errors over it.
+
+    Raises:
+        EspressoError: the same one on every rank.
+    """
     meet(source.block.timeout_s if source else MEETING_S)
     control = dist.new_group(backend="gloo")
     agreement = Agreement(control)
@@ -68,27 +108,27 @@ def attach_plan(engine: Any, source: Source | None, fault: EspressoError | None)
             raise fault
         if source is None:
             raise FileError("this rank has no plan while others have one; launch with `deepspeed --espresso_config plan.json`")
-        check_supported(engine)
+        check()
         if source.block.pipeline is not None:
-            raise UnsupportedError(
-                f'{source.where}: "pipeline" in the "espresso" block, and a model that is no PipelineModule: this cannot be '
-                "done; leave it out"
-            )
-        wanted = guard_wanted(source.block.guard)
-    agreement.settle()
-    assert source is not None
-    hosts, kind = layout(), cluster_kind(engine)
-    with agreement.collecting():
-        check_made_for(source.plan, engine, hosts.nodes, hosts.ranks_per_node, source.where)
-        check_cluster(source.plan, kind, source.block.any_cluster, source.where)
-        compressors = [_compressor(settings, engine) for settings in source.plan.compressors]
-        _check_options(source.plan, compressors, timing_config(engine)["device"], hosts)
-        trace_path = wanted_path(dist.get_rank())
-    agreement.settle(_items(engine, source) | {"guard": str(source.block.guard) if wanted else "off"})
-    engine.espresso = Attachment(engine, source, compressors, trace_path, control if wanted else None)
-    tell(_banner(source, engine.espresso.buffer_nbytes))
-    if wanted and engine.espresso.guarding is None and any(Option.parse(t.option).compresses for t in source.plan.tensors):
-        tell("guard: off, since uncompressed gradients would mean something else to the optimizer (DGC's momentum, signs)")
+            raise UnsupportedError(f"{source.where}: {PIPELINE_BESIDE_PLAN}")
+    stages = source.plan.pipeline.stages if source is not None and source.plan.pipeline is not None else 1
+    agreement.settle({"stages of the plan": str(stages)})
+    return control, agreement
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a rank synchronises, and with whom.
+
+    Attributes:
+        plan: the whole plan, or that of the rank's stage, made for the ranks of the stage.
+        parameters: whose gradients the plan is for, by name.
+        groups: of the ranks that share them.
+    """
+
+    plan: Plan
+    parameters: dict[str, torch.nn.Parameter]
+    groups: groups.Groups
 
 
 class Attachment:
@@ -100,46 +140,50 @@ class Attachment:
     Args:
         engine: a DeepSpeedEngine for which the plan was checked.
         source: the plan and the block it stands in.
+        planned: what of it is this rank's.
         compressors: one for each of the plan's.
         trace_path: where this rank's run trace goes in the end, if anywhere.
         control: a gloo group of all ranks, for the guard; None to trust the plan.
+        synchronises: whether the gradients of a backward pass are synchronised now; None: where the engine accumulates no more.
     """
 
     def __init__(
         self,
         engine: Any,
         source: Source,
+        planned: Planned,
         compressors: Sequence[Compressor | LowRankCompressor],
         trace_path: Path | None = None,
         control: ProcessGroup | None = None,
+        synchronises: Callable[[], bool] | None = None,
     ) -> None:
-        plan, timeout_s = source.plan, source.block.timeout_s
-        parameters = trainable(engine)
-        device = next(iter(parameters.values())).device
-        units = _units(plan, parameters)
+        plan, timeout_s = planned.plan, source.block.timeout_s
+        device = next(iter(planned.parameters.values())).device
+        units = _units(plan, planned.parameters)
         chunks = [chunk for chunks, _ in units for chunk in chunks]
-        place = Place(plan.made_for.nodes, plan.made_for.ranks_per_node, dist.get_rank())
-        guarded = control is not None and any(c.option.compresses and may_be_plain(compressors[c.codec]) for c in chunks)
-        options = {chunk.option for chunk in chunks} | ({PLAIN} if guarded else set())
-        self._groups = groups.make(place, options, dist.get_backend(), timeout_s)
+        self._groups = planned.groups
         self.feedback = [compressor.feedback for compressor in compressors]
         steps = max(chunk.steps for chunk in chunks)
         wire_dtype = engine.communication_data_type
         self.recorder = Recorder(steps + 1, len(chunks))
-        self._executor = Executor(chunks, compressors, self._groups, wire_dtype, device, self.recorder, guarded=guarded)
-        use_threads(device.type, place.ranks_per_node)
+        self._executor = Executor(
+            chunks, compressors, self._groups, wire_dtype, device, self.recorder, guarded=control is not None
+        )
+        use_threads(device.type, source.plan.made_for.ranks_per_node)
         self._lanes = Lanes(steps, timeout_s, functools.partial(streams.enter_lane, device))
         self.synchroniser = Synchroniser(units, self._executor, self._lanes, scaling_of(engine), wire_dtype, self.recorder)
         self.guarding: Guarding | None = None
-        if control is not None and guarded:
+        if control is not None:
             measuring = self.synchroniser, self.recorder, control, timeout_s, device
             self.guarding = Guarding(source.block.guard, plan, *measuring)
         self.plan = plan
-        self._rank, self._device = place.rank, device.type
+        self._rank, self._device = dist.get_rank(), device.type
         self._trace_path = trace_path
         self._engine = engine
+        self._synchronises = synchronises or self._at_boundary
         self._hooks = [
-            param.register_post_accumulate_grad_hook(functools.partial(self._ready, name)) for name, param in parameters.items()
+            param.register_post_accumulate_grad_hook(functools.partial(self._ready, name))
+            for name, param in planned.parameters.items()
         ]
         engine.buffered_allreduce_fallback = self._flush
         self._backward, engine.backward = engine.backward, self._timed_backward
@@ -188,8 +232,7 @@ class Attachment:
                 self.guarding.begin()
         return self._backward(*args, **kwargs)
 
-    def _synchronises(self) -> bool:
-        """Whether the gradients of a backward pass are synchronised now."""
+    def _at_boundary(self) -> bool:
         return self._engine.is_gradient_accumulation_boundary() and not self._engine.inside_no_sync_ctxt
 
     def _ready(self, name: str, _: torch.nn.Parameter) -> None:
@@ -209,7 +252,7 @@ class Attachment:
 
 def scaling_of(engine: Any) -> Scaling:
     """DeepSpeed's factors before and after the sum over ranks (`allreduce_bucket`): mean or sum, prescale, predivide."""
-    world = dist.get_world_size()
+    world = engine.dp_world_size
     if not engine.gradient_average:
         return Scaling(1.0, 1.0)
     if not engine.postscale_gradients():
@@ -225,7 +268,7 @@ def _units(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> list[tuple[
         option = Option.parse(tensors[0].option)
         label = tensors[0].name if len(tensors) == 1 else f"{tensors[0].name} (+{len(tensors) - 1})"
         numel = sum(tensor.numel for tensor in tensors)
-        lengths = chunk_lengths(numel, tensors[0].chunk_numel if option.compresses else None, dist.get_world_size())
+        lengths = chunk_lengths(numel, tensors[0].chunk_numel if option.compresses else None, plan.made_for.world_size)
         labels = [label] if len(lengths) == 1 else [f"{label} [{place}]" for place in range(len(lengths))]
         codec = tensors[0].codec
         shapes = tuple(tensor.shape for tensor in tensors)
@@ -234,7 +277,8 @@ def _units(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> list[tuple[
     return units
 
 
-def _compressor(settings: CompressorSettings, engine: Any) -> Compressor | LowRankCompressor:
+def compressor_of(settings: CompressorSettings, engine: Any) -> Compressor | LowRankCompressor:
+    """A codec with its memory, as `engine` needs it."""
     dtype, precision = getattr(torch, settings.residual), precision_of(engine)
     if settings.name == PowerSGD.name:
         mode = settings.feedback or "ef"
@@ -247,13 +291,13 @@ def _compressor(settings: CompressorSettings, engine: Any) -> Compressor | LowRa
         dtype,
         momentum=settings.momentum,
         clip=settings.clip,  # what is compressed is scaled before: its sum is the result
-        world_size=dist.get_world_size(),
+        world_size=engine.dp_world_size,
         reversible=must_reverse(settings.feedback, precision),
     )
     return Compressor(registry.make(settings), memory, settings.seed)
 
 
-def _check_options(
+def check_options(
     plan: Plan, compressors: Sequence[Compressor | LowRankCompressor], device: str | int | float | bool, hosts: Layout
 ) -> None:
     """Raise FileError or MismatchError at the first tensor whose option its codec, this device or these ranks cannot do."""
@@ -266,8 +310,8 @@ def _check_options(
         if option.levels != {Level.FLAT} and not hosts.in_order:
             raise MismatchError(
                 f"{tensor.name}: option {option} works inside and between hosts, but the ranks of a host do not follow each "
-                'other (such as with `mpirun --map-by node`); place them host by host, or set "constraints": {"flat_only": true} '
-                "and plan again"
+                "other (such as with `mpirun --map-by node`), or replicas of a pipeline stage lie unevenly on hosts; place them "
+                'host by host, or set "constraints": {"flat_only": true} and plan again'
             )
         if device == "cpu" and any(action.at is Device.GPU for action in option.actions):
             raise FileError(f"{tensor.name}: option {option} compresses on a GPU, but the model computes on the CPU; plan again")
@@ -282,7 +326,8 @@ def _items(engine: Any, source: Source) -> dict[str, str]:
     return items
 
 
-def _banner(source: Source, buffer_nbytes: int) -> str:
+def banner(source: Source, buffer_nbytes: int) -> str:
+    """The start of a run in one line, for people."""
     plan = source.plan
     used = Counter(tensor.codec for tensor in plan.tensors if Option.parse(tensor.option).compresses)
     codecs = "; ".join(f"{count} with {plan.compressors[codec].label}" for codec, count in sorted(used.items()))

@@ -51,8 +51,13 @@ def timing_config(engine: Any) -> dict[str, str | int | float | bool]:
     }
 
 
-def check_supported(engine: Any) -> None:
-    """Raise UnsupportedError naming the first thing about the engine under which a plan cannot be kept yet."""
+def check_supported(engine: Any, stages: int = 1) -> None:
+    """Raise UnsupportedError naming the first thing about the engine under which a plan cannot be kept yet.
+
+    Args:
+        engine: for `stages` > 1 a PipelineEngine of so many.
+        stages: of the plan.
+    """
     missing = [name for name in NEEDED if not callable(getattr(engine, name, None))]
     if missing:
         import deepspeed
@@ -61,21 +66,29 @@ def check_supported(engine: Any) -> None:
             f"deepspeed {deepspeed.__version__}: its engine has no {missing[0]}(); espresso_ds works with 0.19.8 and "
             "successors that keep it: install `deepspeed>=0.19.8,<0.20`"
         )
+    if stages == 1 and getattr(engine, "pipeline_parallelism", False):
+        raise UnsupportedError(
+            f'a plan without "pipeline" cannot be kept under a PipelineModule of {engine.num_stages} stages; plan for them, '
+            "train without them, or run without the plan (ESPRESSO_DISABLE=1)"
+        )
     stage = int(engine.zero_optimization_stage())
     faults = [
         (not trainable(engine), "a model without trainable parameters", "give the engine a model to train"),
-        (getattr(engine, "pipeline_parallelism", False), "a PipelineModule", "train it without pipeline stages"),
         (stage != 0, f"ZeRO stage {stage}", 'set "zero_optimization": {"stage": 0}'),
         (getattr(engine, "torch_autocast_z0_gradscaler", None) is not None, "torch_autocast with a gradient scaler", "use bf16"),
         (getattr(engine, "has_moe_layers", False), "mixture-of-experts layers", "train it without expert parallelism"),
         (engine.is_deepcompile_active(), "DeepCompile", 'set "compile": {"deepcompile": false}'),
         (
-            dist.get_world_size(engine.data_parallel_group) != dist.get_world_size(),
+            engine.dp_world_size * stages != dist.get_world_size(),
             "tensor or model parallelism",
             "use data parallelism only",
         ),
         (getattr(engine, "sequence_parallel_size", 1) > 1, "sequence parallelism", "use data parallelism only"),
-        (not engine.enable_backward_allreduce, "backward allreduce switched off", "leave it to DeepSpeed"),
+        (
+            not (engine.pipeline_enable_backward_allreduce if stages > 1 else engine.enable_backward_allreduce),
+            "backward allreduce switched off",
+            "leave it to DeepSpeed",
+        ),
         (
             any(getattr(m, "sparse", False) for m in engine.module.modules()),
             "sparse embedding gradients",
@@ -97,12 +110,18 @@ class Layout(NamedTuple):
 
 def layout() -> Layout:
     """Nodes and ranks per node of the running job, by hostname. Collective. Raises MismatchError on uneven hosts."""
-    names: list = [None] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
+    names = host_names()
     counts = Counter(names)
     if len(set(counts.values())) > 1:
         raise MismatchError(f"hosts have different numbers of ranks: {dict(counts)}; give each host the same number of slots")
     return Layout(len(counts), counts[names[0]], in_order=len(list(groupby(names))) == len(counts))
+
+
+def host_names() -> list[str]:
+    """The host of every rank. Collective."""
+    names: list = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
 
 
 def cluster_kind(engine: Any) -> ClusterKind:
@@ -137,32 +156,52 @@ def check_cluster(plan: Plan, here: ClusterKind, any_cluster: bool, where: str) 
         )
 
 
+MEND = "make the plan for this run: `espresso prepare`"
+
+Kind = tuple[tuple[int, ...], str]
+"""Shape and dtype of a parameter."""
+
+
 def check_made_for(plan: Plan, engine: Any, nodes: int, ranks_per_node: int, where: str) -> None:
     """Raise MismatchError naming what differs between the plan and this run, and the command that mends it."""
-    mend = "make the plan for this run: `espresso prepare`"
+    check_job(plan, engine, nodes, ranks_per_node, where)
+    here = kinds(trainable(engine))
+    check_tensors(plan, here, where, "this model")
+    found = model_fingerprint((name, *kind) for name, kind in here.items())
+    if found != plan.made_for.model:
+        raise MismatchError(f"{where} was made for a model with fingerprint {plan.made_for.model}, this one has {found}; {MEND}")
+
+
+def check_job(plan: Plan, engine: Any, nodes: int, ranks_per_node: int, where: str) -> None:
+    """Raise MismatchError where the plan was made for other hosts or settings than this run's."""
     made = plan.made_for
     if (made.nodes, made.ranks_per_node) != (nodes, ranks_per_node):
         raise MismatchError(
             f"{where} was made for {made.nodes} hosts x {made.ranks_per_node} ranks, "
-            f"this run has {nodes} x {ranks_per_node}; {mend}"
+            f"this run has {nodes} x {ranks_per_node}; {MEND}"
         )
     here = timing_config(engine)
-    for key in made.config.keys() | here.keys():
+    for key in sorted(made.config.keys() | here.keys()):
         if made.config.get(key) != here.get(key):
-            raise MismatchError(f"{where} was made for {key} = {made.config.get(key)!r}, this run has {here.get(key)!r}; {mend}")
-    parameters = trainable(engine)
+            raise MismatchError(f"{where} was made for {key} = {made.config.get(key)!r}, this run has {here.get(key)!r}; {MEND}")
+
+
+def kinds(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Kind]:
+    """What a plan has to know of parameters."""
+    return {name: (tuple(param.shape), dtype_name(param.dtype)) for name, param in parameters.items()}
+
+
+def check_tensors(plan: Plan, here: dict[str, Kind], where: str, whose: str) -> None:
+    """Raise MismatchError where the plan's tensors are not the parameters that are trained `here`; `whose` names their owner."""
     planned = {tensor.name: tensor for tensor in plan.tensors}
-    for name, param in parameters.items():
+    for name, (shape, dtype) in here.items():
         if name not in planned:
-            raise MismatchError(f"{where} has no decision for {name!r}, which this model trains; {mend}")
+            raise MismatchError(f"{where} has no decision for {name!r}, which {whose} trains; {MEND}")
         decided = planned[name]
-        if (decided.shape, decided.dtype) != (tuple(param.shape), dtype_name(param.dtype)):
+        if (decided.shape, decided.dtype) != (shape, dtype):
             raise MismatchError(
                 f"{where} was made for {name!r} of shape {list(decided.shape)} {decided.dtype}, "
-                f"this model has {list(param.shape)} {dtype_name(param.dtype)}; {mend}"
+                f"{whose} has {list(shape)} {dtype}; {MEND}"
             )
-    if extra := next((name for name in planned if name not in parameters), None):
-        raise MismatchError(f"{where} decides for {extra!r}, which this model does not train; {mend}")
-    found = model_fingerprint((name, tuple(p.shape), dtype_name(p.dtype)) for name, p in parameters.items())
-    if found != made.model:
-        raise MismatchError(f"{where} was made for a model with fingerprint {made.model}, this one has {found}; {mend}")
+    if extra := next((name for name in planned if name not in here), None):
+        raise MismatchError(f"{where} decides for {extra!r}, which {whose} does not train; {MEND}")

@@ -51,8 +51,6 @@ def initialize_with_plan(initialize: Callable[..., Any], args: tuple, kwargs: Ma
 
         attach_pipeline(result[0], config, where)
         return result
-    from .engine import attach_plan
-
     fault: EspressoError | None = None
     if config is not None:
         source = find_plan(config, where)
@@ -60,6 +58,13 @@ def initialize_with_plan(initialize: Callable[..., Any], args: tuple, kwargs: Ma
             plan_source.check_against_config(source, config, where)
         except EspressoError as error:
             fault = error
+    if source is not None and source.plan.pipeline is not None:
+        from .staged import attach_staged_plan
+
+        attach_staged_plan(result[0], source, fault)
+        return result
+    from .engine import attach_plan
+
     attach_plan(result[0], source, fault)
     return result
 

@@ -31,7 +31,7 @@ from ..runtime.ways import Direction, Ways
 from .example_numbers import ExampleNumbers
 from .guarding import tell
 from .pipeline_checkpoint import Checkpoints, keeps_only_some
-from .plan_source import named_by_env
+from .plan_source import PIPELINE_BESIDE_PLAN, named_by_env
 
 MEETING_S = 60.0
 """How long a rank waits for the others to hear of the block."""
@@ -68,27 +68,42 @@ def attach_pipeline(engine: Any, config: dict[str, Any], where: str) -> None:
     group = dist.new_group(backend="gloo")
     agreement = Agreement(group)
     found: Ways = {}
-    block, numbers = None, None
+    block: EspressoBlock | None = None
+    numbers: ExampleNumbers | None = None
     with agreement.collecting():
         block = read_block(config, where)
         assert block is not None and block.pipeline is not None
-        check_supported(engine)
         if block.plan is not None or named_by_env():
-            raise UnsupportedError(
-                'a plan for gradients together with "pipeline": this cannot be done yet; leave one of them out'
-            )
-        found = ways.make(block.pipeline, engine.num_stages)
-        if any(way.examples for way in found.values()):
-            numbers = ExampleNumbers(engine, block.pipeline.examples)
+            raise UnsupportedError(PIPELINE_BESIDE_PLAN)
+        found, numbers = ways_of(engine, block.pipeline)
     agreement.settle({"pipeline": "" if block is None else repr(block.pipeline)})
     assert block is not None and block.pipeline is not None
-    engine.espresso = PipelineAttachment(engine, found, block.pipeline, numbers, block.timeout_s, group)
+    engine.espresso = compress_boundaries(engine, block.pipeline, found, numbers, block.timeout_s, group)
+
+
+def ways_of(engine: Any, settings: PipelineSettings) -> tuple[Ways, ExampleNumbers | None]:
+    """How tensors will travel, and the numbers of examples if AQ-SGD is among it.
+
+    Raises:
+        EspressoError: an engine or a codec for which this is not possible.
+    """
+    check_boundaries(engine)
+    found = ways.make(settings, engine.num_stages)
+    return found, ExampleNumbers(engine, settings.examples) if any(way.examples for way in found.values()) else None
+
+
+def compress_boundaries(
+    engine: Any, settings: PipelineSettings, found: Ways, numbers: ExampleNumbers | None, timeout_s: float, group: ProcessGroup
+) -> PipelineAttachment:
+    """Attach what `ways_of` found for these settings, and say so. Collective over all ranks; see `PipelineAttachment`."""
+    attached = PipelineAttachment(engine, found, settings, numbers, timeout_s, group)
     tell("; ".join(["pipeline boundaries compressed", *(f"{way.label}: {way.kind}" for way in found.values())]))
-    if block.pipeline.evaluation == "uncompressed" and (strong := keeps_only_some(block.pipeline)):
+    if settings.evaluation == "uncompressed" and (strong := keeps_only_some(settings)):
         tell(
             f'warning: "evaluation": "uncompressed", but a model that is trained with {strong} has learnt to do without '
             "the rest of its activations, and is usually worse with them"
         )
+    return attached
 
 
 class PipelineAttachment:
@@ -231,12 +246,12 @@ class PipelineAttachment:
         return held[:numel].view(shape)
 
 
-def check_supported(engine: Any) -> None:
+def check_boundaries(engine: Any) -> None:
     """Raise UnsupportedError naming the first thing about the engine under which boundaries cannot be compressed."""
     faults = [
         (
             not getattr(engine, "pipeline_parallelism", False),
-            '"pipeline" in the "espresso" block, and a model that is no PipelineModule',
+            '"pipeline" in the "espresso" block or its plan, and a model that is no PipelineModule',
             "leave it out",
         ),
         (engine.device.type != "cpu", f"a pipeline on {engine.device.type}", "leave it out"),

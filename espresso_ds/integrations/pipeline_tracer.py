@@ -23,8 +23,9 @@ from ..core.errors import EspressoError
 from ..core.profile import ModelTrace, PipelineTrace, TracedBoundary, TracedStage, TracedTensor
 from ..core.progress import print_progress
 from ..runtime.agree import Agreement
-from .engine_facts import dtype_name, layout, timing_config, trainable
-from .pipeline import check_supported
+from .engine_facts import dtype_name, layout, timing_config
+from .pipeline import check_boundaries
+from .stage_facts import untied
 from .tracer import STEPS_ENV, TRACE_ENV, WARM_UP
 
 
@@ -47,7 +48,7 @@ def attach_pipeline_tracer(engine: Any) -> None:
     group = dist.new_group(backend="gloo")
     agreement = Agreement(group)
     with agreement.collecting():
-        check_supported(engine)
+        check_boundaries(engine)
     agreement.settle()
     _PipelineTracer(engine, group, int(os.environ.get(STEPS_ENV, "8")))
 
@@ -58,8 +59,7 @@ class _PipelineTracer:
 
         self._engine, self._group, self._steps = engine, group, steps
         self._ranks_per_node = layout().ranks_per_node
-        # Tied weights are summed over stages after backward, and only then over replicas: no plan has them.
-        self._parameters = {name: p for name, p in trainable(engine).items() if not name.startswith("tied_modules.")}
+        self._parameters = untied(engine)
         self._seen, self._backward_begun = _Seen(), 0.0
         self._ready: dict[str, float] = {}
         for name, parameter in self._parameters.items():

@@ -27,6 +27,10 @@ PART_ENV = "ESPRESSO_PLAN_{}"
 HASH_ENV = "ESPRESSO_PLAN_HASH"
 PATH_ENV = "ESPRESSO_CONFIG"
 DISABLE_ENV = "ESPRESSO_DISABLE"
+PIPELINE_BESIDE_PLAN = (
+    '"pipeline" in the "espresso" block next to a plan, which says itself what crosses between stages: leave "pipeline" out, or '
+    "plan again with it"
+)
 _PART_BYTES = 100_000  # Linux caps one variable, and one word of a command line, at 128 KiB
 _MOST_PARTS = 6  # each stands in the launcher's environment and again in its command line, which share 2 MiB
 _ONE_WORD = ("pdsh", "mvapich")  # all variables travel inside one word: the command for the remote shell

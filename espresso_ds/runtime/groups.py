@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -46,19 +46,22 @@ def needed(options: Iterable[Option]) -> list[Key]:
     return sorted(keys)
 
 
-def make(place: Place, options: Iterable[Option], backend: str, timeout_s: float) -> Groups:
+def make(
+    place: Place, options: Iterable[Option], backend: str, timeout_s: float, clusters: Sequence[Place] | None = None
+) -> Groups:
     """Make what the options need and no more. Collective over all ranks of the default group.
 
     Args:
         place: this rank.
-        options: of all units, alike on all ranks.
+        options: of all units of all clusters, alike on all ranks.
         backend: of torch.distributed.
         timeout_s: deadline of every routine.
+        clusters: any place of each cluster that the job consists of, in one order on all ranks; None: it is one cluster.
     """
     own: dict[Key, ProcessGroup] = {}
     for lane, level in needed(options):
-        for ranks in place.groups(level):  # every rank has to make every group
-            group = dist.new_group(ranks, timedelta(seconds=timeout_s), backend)
-            if place.rank in ranks:
+        for ranks in (ranks for cluster in clusters or (place,) for ranks in cluster.groups(level)):
+            group = dist.new_group(ranks, timedelta(seconds=timeout_s), backend)  # every rank has to make every group
+            if dist.get_rank() in ranks:
                 own[lane, level] = group
     return Groups(place, own)

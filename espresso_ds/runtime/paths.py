@@ -20,11 +20,15 @@ from ..core.option import Action, Device, Level, Option, Task
 
 
 class Place(NamedTuple):
-    """A rank of a cluster of `nodes` hosts: rank = node * ranks_per_node + local."""
+    """A rank of a cluster of `nodes` hosts: rank = node * ranks_per_node + local.
+
+    `members` are the cluster's ranks by their numbers in the job, in order; none: the job is the cluster.
+    """
 
     nodes: int
     ranks_per_node: int
     rank: int
+    members: tuple[int, ...] = ()
 
     @property
     def world(self) -> int:
@@ -41,8 +45,8 @@ class Place(NamedTuple):
         return {Level.FLAT: self.rank, Level.INTRA: local, Level.INTER: node}[level]
 
     def groups(self, level: Level) -> list[list[int]]:
-        """The ranks of every group of the level, in the order of their positions."""
-        ranks, width = range(self.world), self.ranks_per_node
+        """The ranks of every group of the level, by their numbers in the job, in the order of their positions."""
+        ranks, width = self.members or range(self.world), self.ranks_per_node
         if level is Level.FLAT:
             return [list(ranks)]
         if level is Level.INTRA:

@@ -153,7 +153,7 @@ class Synchroniser:
     def _submit_next(self) -> None:
         number = self._submitted
         chunks, members = self._units[number]
-        grads = [_gradient(member.param) for member in members]
+        grads = [gradient_of(member.param) for member in members]
         for member, view in zip(members, self._views.get(number, ()), strict=False):
             member.param.grad = view  # where the sum will be; backward's own gradient goes as soon as it is encoded
         mark = streams.mark(members[0].param.device)
@@ -255,7 +255,7 @@ def _bring(grad: Tensor, part: Tensor, factor: float) -> None:
         part.mul_(factor)
 
 
-def _gradient(param: torch.nn.Parameter) -> Tensor:
+def gradient_of(param: torch.nn.Parameter) -> Tensor:
     """The parameter's gradient; zeros, kept as its gradient, where it has none."""
     if param.grad is None:
         param.grad = torch.zeros_like(param)
