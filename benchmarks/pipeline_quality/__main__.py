@@ -49,8 +49,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated names (default: all)")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="in place of the model's own, for trials with an --out of their own")
-    parser.add_argument("--start-steps", type=int, help="likewise")
+    parser.add_argument("--setup", default="", help="KEY=VALUE,... in place of the models' own, for trials with their own --out")
     parser.add_argument("--work", type=Path, default=ROOT / ".pipeline_quality", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     given = parser.parse_args()
@@ -66,8 +65,7 @@ def main() -> None:
 
 def study(model: Model, methods: Sequence[str], seeds: Sequence[int], given: argparse.Namespace) -> list[str]:
     """All runs of a model that are not there yet, seed after seed; what failed."""
-    changes = {"epochs": given.epochs, "start_steps": given.start_steps if model.setup.start_steps else None}
-    setup = replace(model.setup, **{key: value for key, value in changes.items() if value is not None})
+    setup = _changed(model.setup, given.setup)
     out = (given.out / f"{model.name}.json").resolve()
     fresh = Study(model=model.name, metric=model.metric, setup=setup.dump(), machine=machine())
     try:
@@ -92,6 +90,12 @@ def _run(model: Model, setup: Setup, out: Path, start: Path | None, runs: Sequen
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(STAGES), "--master-port", str(_free_port())]
     words += ["-m", "benchmarks.pipeline_quality.rank", str(job)]
     return subprocess.run(words, env=os.environ | SETTINGS, cwd=ROOT, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def _changed(setup: Setup, words: str) -> Setup:
+    """With `epochs=2,lr=0.001`."""
+    pairs = dict(word.split("=") for word in words.split(",") if word)
+    return replace(setup, **{key: type(getattr(setup, key))(value) for key, value in pairs.items()})
 
 
 def _free_port() -> int:

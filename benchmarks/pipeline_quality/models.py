@@ -204,7 +204,7 @@ MODELS: Mapping[str, Model] = {
             much=0.05,
             measure=cross_entropy,
             optimizer=adamw,
-            setup=Setup(micro_batch=8, micro_batches=4, epochs=4, lr=1e-3, start_steps=2000),
+            setup=Setup(micro_batch=8, micro_batches=4, epochs=4, lr=3e-4, start_steps=2000),
         ),
     )
 }
