@@ -18,6 +18,9 @@ from espresso_ds.core.errors import EspressoError
 WIDTH, BATCH, STEPS = 24, 4, 3
 TOPK = {"name": "topk", "density": 0.3}
 BITS = {"name": "quantize", "bits": 8}
+COARSE = {"name": "quantize", "bits": 2}
+AQSGD = {**COARSE, "feedback": "aqsgd"}
+POSITIONS = {"examples": "position", "example_memory": "8 bits"}
 IDENTITY = {"name": "identity"}
 
 
@@ -62,8 +65,21 @@ def batches(micro_batches, seed, dtype):
         yield tuple(torch.randn(BATCH, WIDTH, generator=generator).to(dtype) for _ in range(2))
 
 
-def trained(stages, layer=Plain, micro_batches=4, block=None, steps=STEPS, checkpointed=0, again=False, **config):
-    """Losses of training and of evaluation. `again`: on the same batch in every step."""
+def examples(micro_batches, replicas):
+    """As many as one step needs, for DeepSpeed's own loader."""
+    x, y = (torch.cat(each) for each in zip(*batches(micro_batches * replicas, 0, torch.float32), strict=True))
+    return list(zip(x, y, strict=True))
+
+
+def trained(stages, layer=Plain, micro_batches=4, block=None, steps=STEPS, checkpointed=0, again=False, **given):
+    """Losses of training and of evaluation.
+
+    Args:
+        again: on the same batch in every step.
+        given: `dataset`: whether the engine reads the data itself; `load`, `save`: folders of a checkpoint of before the first
+            and of after the second step; all else is DeepSpeed's.
+    """
+    config = {key: value for key, value in given.items() if key not in ("dataset", "load", "save")}
     torch.manual_seed(0)
     layers, dtype = [LayerSpec(layer) for _ in range(2 * stages)], torch.bfloat16 if "bf16" in config else torch.float32
     module = PipelineModule(layers, num_stages=stages, loss_fn=loss, activation_checkpoint_interval=checkpointed)
@@ -75,11 +91,18 @@ def trained(stages, layer=Plain, micro_batches=4, block=None, steps=STEPS, check
         **({} if block is None else {"espresso": {"pipeline": block, "timeout_s": 60}}),
         **config,
     }
-    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    dataset = examples(micro_batches, dist.get_world_size() // stages) if given.get("dataset") else None
+    engine, *_ = deepspeed.initialize(model=module, config=settings, training_data=dataset)
+    if "load" in given:
+        engine.load_checkpoint(given["load"])
     replica = engine.grid.get_data_parallel_id()
     losses = []
-    for step in range(steps):
-        losses.append(engine.train_batch(batches(micro_batches, replica if again else 10 * step + replica, dtype)).item())
+    for _ in range(steps):
+        step = engine.global_steps
+        data = None if dataset else batches(micro_batches, replica if again else 10 * step + replica, dtype)
+        losses.append(engine.train_batch(data).item())
+        if step == 1 and "save" in given:
+            engine.save_checkpoint(given["save"])
         if step == 1:
             losses.append(engine.eval_batch(batches(micro_batches, 999 + replica, dtype)).item())
     losses.append(engine.eval_batch(batches(micro_batches, 999 + replica, dtype)).item())
@@ -87,6 +110,21 @@ def trained(stages, layer=Plain, micro_batches=4, block=None, steps=STEPS, check
         vars(engine).pop("espresso").detach()
     engine.destroy()
     return losses
+
+
+def resumed(stages, folder, block):
+    """Losses of training without a break, and of going on from a checkpoint: with its memory, and without."""
+    whole = trained(stages, block=block, again=True, steps=5, save=folder)
+    after = trained(stages, block=block, again=True, steps=3, load=folder)
+    for path in folder.glob("*/espresso_pipeline_rank*.pt") if dist.get_rank() == 0 else ():
+        path.rename(path.with_suffix(".gone"))
+    dist.barrier()
+    forgotten = trained(stages, block=block, again=True, steps=3, load=folder)
+    dist.barrier()
+    for path in folder.glob("*/*.gone") if dist.get_rank() == 0 else ():
+        path.rename(path.with_suffix(".pt"))
+    dist.barrier()
+    return {"whole": whole, "after": after, "forgotten": forgotten}
 
 
 def failure(stages, **case):
@@ -130,13 +168,26 @@ def main():
         "topk, uncompressed evaluation": trained(stages, block={"forward": TOPK, "evaluation": "uncompressed"}),
         "topk, ef21": trained(stages, block={"forward": {**TOPK, "feedback": "ef21"}}),
         "topk on boundary 0 only": trained(stages, block={"boundaries": {"0": {"forward": TOPK}}}),
+        "shared indices": trained(stages, block={"forward": TOPK, "shared_indices": True}),
+        "aqsgd": trained(stages, block={"forward": {**BITS, "feedback": "aqsgd"}, "backward": BITS}),
         "two tensors, ef": trained(stages, Two, block={"forward": {**BITS, "feedback": "ef"}, "backward": BITS}),
     }
     told["learnt"] = {
         "none": trained(stages, steps=12, again=True),
+        "none, positions": trained(stages, steps=12, dataset=True),
+        "2 bits": trained(stages, steps=12, again=True, block={"forward": COARSE}),
+        "aqsgd": trained(stages, steps=12, again=True, block={"forward": AQSGD}),
+        "aqsgd, positions": trained(stages, steps=12, dataset=True, block={**POSITIONS, "forward": AQSGD}),
+        "shared indices": trained(stages, steps=12, again=True, block={"forward": TOPK, "shared_indices": True}),
         "both ways": trained(stages, steps=12, again=True, block={"forward": {**TOPK, "feedback": "ef21"}, "backward": BITS}),
     }
+    remembering = {"forward": AQSGD, "backward": {**TOPK, "feedback": "ef21"}}
+    told["resumed"] = resumed(stages, folder / "checkpoint", remembering)
     told["failures"] = {
+        "other memory": failure(stages, load=folder / "checkpoint", block={**remembering, "example_memory": "8 bits"}),
+        "positions of an unknown epoch": failure(stages, block={**POSITIONS, "forward": AQSGD}),
+        "shared indices of bits": failure(stages, block={"forward": BITS, "shared_indices": True}),
+        "aqsgd backward": failure(stages, block={"backward": AQSGD}),
         "no such boundary": failure(stages, block={"boundaries": {str(stages - 1): {}}}),
         "unknown codec": failure(stages, block={"forward": {"name": "topc"}}),
         "dgc": failure(stages, block={"forward": {"name": "dgc", "density": 0.1, "feedback": "dgc"}}),

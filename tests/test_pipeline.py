@@ -18,6 +18,10 @@ EXPECTED_FAILURES = {
     "fp16": "use bf16",
     "plan of the launcher": 'a plan for gradients together with "pipeline"',
     "ranks differ": "ranks disagree",
+    "other memory": 'the checkpoint holds examples in "example_memory": "float32"',
+    "positions of an unknown epoch": "give deepspeed.initialize the training_data",
+    "shared indices of bits": '"shared_indices" takes a "forward" with a "density"',
+    "aqsgd backward": '"feedback": "aqsgd" remembers activations of examples',
 }
 
 
@@ -53,7 +57,8 @@ def test_compressed_boundaries_learn(told):
     """One batch over and over: the loss of training falls about as far as without compression."""
     gains = {case: losses[0] - losses[-2] for case, losses in told[0]["learnt"].items()}
     assert gains["none"] > 0
-    assert gains["both ways"] > 0.7 * gains["none"]
+    for case, gain in gains.items():
+        assert gain > 0.7 * gains["none"], case
 
 
 def test_evaluation_compresses_as_training_unless_told_not_to(told):
@@ -68,6 +73,20 @@ def test_boundaries_have_settings_of_their_own(told):
     first = told[0]["compressed"]
     assert first["topk on boundary 0 only"] != first["none"]
     assert (first["topk on boundary 0 only"] == first["topk"]) == (told[0]["stages"] == 2)  # there is no other boundary
+
+
+def test_aqsgd_knows_examples_again(told):
+    """The first step's activations go whole, so that its loss is that of no compression; plain quantization's is not."""
+    for case in ("aqsgd", "aqsgd, positions"):
+        assert told[0]["learnt"][case][0] == pytest.approx(told[0]["learnt"][f"none{case[5:]}"][0], rel=1e-6)
+    assert told[0]["learnt"]["2 bits"][0] != pytest.approx(told[0]["learnt"]["none"][0], rel=1e-4)
+
+
+def test_training_goes_on_from_a_checkpoint_with_what_boundaries_remember(told):
+    for rank in told:
+        found = rank["resumed"]
+        assert found["after"] == found["whole"][3:]
+        assert found["forgotten"] != found["after"]
 
 
 def test_what_cannot_be_done_stops_at_start_alike_on_all_ranks(told):

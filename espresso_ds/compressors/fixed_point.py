@@ -4,7 +4,7 @@ Activations of shape (batch, features) have a column for each feature, and its s
 of shape (batch, sequence, features) take it over batch and sequence (`for_shape`). What has no shape is one column.
 
 decode = q * s / m, m = 2**(bits - 1) - 1, q in -m..m, s = the largest magnitude of the column, rounded up to fp16 and at most
-65504. Zero is on the grid, which AQ-SGD's own is not: so the error of an element is at most min(|p|, s / (2 m)), but for what lies
+65504. Zero is on the grid, unlike on AQ-SGD's own: so the error of an element is at most min(|p|, s / (2 m)), but for what lies
 beyond 65504, and the codec contracts. Biased, deterministic. A column with NaN or Inf decodes to NaN.
 
 Payload: 2 columns + ceil(n / 8) bits bytes: scales (fp16), packed q.

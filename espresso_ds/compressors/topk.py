@@ -97,6 +97,11 @@ class TopK(Codec):
         """A block after the other, so that `out` stays in the cache."""
         self._decode(rows, out, False)
 
+    def indices(self, payload: Tensor, numel: int) -> Tensor:
+        """Which of `numel` elements a payload holds: int64, ascending, at most k."""
+        counts, _, places = _fields(payload, numel, _count(self.density, numel))
+        return join_index(counts, places)
+
     def _decode(self, rows: Tensor, out: Tensor, add: bool) -> None:
         if numel := out.numel():
             work = kernel("topk_decode_sum", out) or topk_decode_sum

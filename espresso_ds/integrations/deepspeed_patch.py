@@ -123,7 +123,16 @@ def _with_plan(initialize: Callable[..., Any]) -> Callable[..., Any]:
         from .initialize import initialize_with_plan, wanted
 
         if not wanted(initialize, args, kwargs):
-            return initialize(*args, **kwargs)
+            return _warned(initialize(*args, **kwargs))
         return initialize_with_plan(initialize, args, kwargs)
 
     return wrapped
+
+
+def _warned(made: Any) -> Any:
+    """An engine of pipeline stages without us tells when it loads a model that was trained with compressed activations."""
+    if getattr(made[0], "pipeline_parallelism", False):
+        from .pipeline_checkpoint import warn_when_loading
+
+        warn_when_loading(made[0])
+    return made

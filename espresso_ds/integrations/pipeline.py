@@ -13,35 +13,38 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from ..compressors import registry
-from ..core.config import CompressorSettings, EspressoBlock, PipelineSettings
-from ..core.errors import UnsupportedError
+from ..core.config import EspressoBlock, PipelineSettings
+from ..core.errors import MismatchError, UnsupportedError
 from ..core.plan import read_block
-from ..feedback import Feedback
+from ..runtime import ways
 from ..runtime.agree import Agreement, meet
-from ..runtime.crossing import Incoming, Outgoing, Way
+from ..runtime.crossing import Incoming, Outgoing
+from ..runtime.parcel import Way
+from ..runtime.ways import Direction, Ways
+from .example_numbers import ExampleNumbers
 from .guarding import tell
+from .pipeline_checkpoint import Checkpoints, keeps_only_some
 from .plan_source import named_by_env
 
 MEETING_S = 60.0
 """How long a rank waits for the others to hear of the block."""
 
-Direction = Literal["forward", "backward"]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-
 
 @dataclass
 class _Instruction:
-    """A send or receive instruction under way: its channel, how many tensors the channel may take, and how many it has."""
+    """A send or receive instruction under way: its channel, how many tensors the channel may take and has taken, and the numbers
+    of the examples where they are known."""
 
     channel: Outgoing | Incoming
     most: Callable[[], int]
+    examples: Tensor | None
     taken: int = 0
 
 
@@ -62,18 +65,26 @@ def attach_pipeline(engine: Any, config: dict[str, Any], where: str) -> None:
             that disagree.
     """
     meet(MEETING_S)
-    agreement = Agreement(dist.new_group(backend="gloo"))
-    ways: Mapping[tuple[int, Direction], Way] = {}
-    block = None
+    group = dist.new_group(backend="gloo")
+    agreement = Agreement(group)
+    found: Ways = {}
+    block, numbers = None, None
     with agreement.collecting():
         block = read_block(config, where)
         assert block is not None and block.pipeline is not None
         _check(engine, block)
-        ways = _ways(block.pipeline, engine.num_stages)
+        found = ways.make(block.pipeline, engine.num_stages)
+        if any(way.examples for way in found.values()):
+            numbers = ExampleNumbers(engine, block.pipeline.examples)
     agreement.settle({"pipeline": "" if block is None else repr(block.pipeline)})
     assert block is not None and block.pipeline is not None
-    engine.espresso = PipelineAttachment(engine, ways, block.pipeline.evaluation == "as trained", block.timeout_s)
-    tell("; ".join(["pipeline boundaries compressed", *(f"{way.label}: {way.kind}" for way in ways.values())]))
+    engine.espresso = PipelineAttachment(engine, found, block.pipeline, numbers, block.timeout_s, group)
+    tell("; ".join(["pipeline boundaries compressed", *(f"{way.label}: {way.kind}" for way in found.values())]))
+    if block.pipeline.evaluation == "uncompressed" and (strong := keeps_only_some(block.pipeline)):
+        tell(
+            f'warning: "evaluation": "uncompressed", but a model that is trained with {strong} has learnt to do without '
+            "the rest of its activations, and is usually worse with them"
+        )
 
 
 class PipelineAttachment:
@@ -81,17 +92,29 @@ class PipelineAttachment:
 
     Args:
         engine: a PipelineEngine, fresh from `deepspeed.initialize`.
-        ways: how tensors travel, by boundary and direction; alike on all ranks.
-        evaluates: whether `eval_batch` compresses too.
+        found: how tensors travel, by boundary and direction; alike on all ranks.
+        settings: what `found` was made from.
+        numbers: of the examples, for AQ-SGD.
         timeout_s: deadline of every wait for another stage.
+        group: a gloo group of all ranks.
     """
 
-    def __init__(self, engine: Any, ways: Mapping[tuple[int, Direction], Way], evaluates: bool, timeout_s: float) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        found: Ways,
+        settings: PipelineSettings,
+        numbers: ExampleNumbers | None,
+        timeout_s: float,
+        group: ProcessGroup,
+    ) -> None:
         from deepspeed.runtime.pipe import p2p, schedule
 
-        self.ways, self.evaluates = ways, evaluates
-        self._engine = engine
-        self._channels = _channels(engine, ways, timeout_s)
+        self.ways, self.evaluates = found, settings.evaluation == "as trained"
+        self._engine, self._numbers = engine, numbers
+        self._last_numbered = max((boundary for (boundary, _), way in found.items() if way.examples), default=-1)
+        self._channels = _channels(engine, found, timeout_s)
+        self._checkpoints = Checkpoints(engine, settings, self, group)
         _patch(p2p)
         kinds = {
             schedule.SendActivation: (engine.stage_id, "forward"),
@@ -100,6 +123,10 @@ class PipelineAttachment:
             schedule.RecvGrad: (engine.stage_id, "backward"),
         }
         ours = {kind: self._through(kind, place) for kind, place in kinds.items() if place in self._channels}
+        if schedule.SendActivation in ours:
+            forward = engine._INSTRUCTION_MAP[schedule.ForwardPass]
+            passes = _sending_at_once(forward, ours[schedule.SendActivation], self._compresses)
+            ours |= dict(zip((schedule.ForwardPass, schedule.SendActivation), passes, strict=True))
         engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **ours}
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
         engine._allocate_or_extend_buffers = self._buffer
@@ -111,6 +138,9 @@ class PipelineAttachment:
             return
         for name in ("_INSTRUCTION_MAP", "_allocate_or_extend_buffers"):
             vars(self._engine).pop(name, None)
+        self._checkpoints.detach()
+        if self._numbers is not None:
+            self._numbers.detach()
         self._engine = None
         for kind in (Outgoing, Incoming):
             for channel in self._channels.values():
@@ -125,16 +155,66 @@ class PipelineAttachment:
         @functools.wraps(original)
         def instruction(engine: Any, *args: Any, **kwargs: Any) -> None:
             global _current
-            if not torch.is_grad_enabled() and not self.evaluates:
+            if not self._compresses():
                 original(engine, *args, **kwargs)
                 return
-            _current = _Instruction(channel, functools.partial(_floats, engine, kind.__name__, *args, **kwargs))
+            sends = kind.__name__ == "SendActivation"
+            examples = self._numbers.take() if sends and self._numbered(*place) and self._numbers is not None else None
+            now = _current = _Instruction(channel, functools.partial(_floats, engine, kind.__name__, *args, **kwargs), examples)
             try:
                 original(engine, *args, **kwargs)
             finally:
                 _current = None
+            if now.examples is not None and not sends and self._numbered(engine.stage_id, "forward"):
+                assert self._numbers is not None
+                self._numbers.add(now.examples)
 
         return instruction
+
+    def _compresses(self) -> bool:
+        """Whether what is under way, training or evaluation, goes through the channels."""
+        return torch.is_grad_enabled() or self.evaluates
+
+    def _numbered(self, boundary: int, direction: Direction) -> bool:
+        """Whether numbers of examples cross here: AQ-SGD is on this boundary, or needs them on a later one."""
+        return direction == "forward" and boundary <= self._last_numbered and torch.is_grad_enabled()
+
+    def state_dict(self) -> dict[str, object]:
+        """What this stage's sides of the boundaries remember, for `load_state_dict` of the same stage. Between steps."""
+        return {way.label: {**way.state_dict(), "messages": self._count(place)} for place, way in self._own()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state. On all ranks. Raises MismatchError where it was made with other settings or stages."""
+        own = {way.label: (place, way) for place, way in self._own()}
+        if state.keys() != own.keys():
+            raise MismatchError(
+                f"the checkpoint remembers {', '.join(sorted(state)) or 'no boundaries'}, here are {', '.join(sorted(own))}; "
+                "train with as many stages as before, or start without the saved memory"
+            )
+        for label, (place, way) in own.items():
+            if state[label]["kind"] != way.kind:
+                raise MismatchError(
+                    f"{label}: the checkpoint was made with {state[label]['kind']}, this run has {way.kind}; "
+                    "set it as it was, or start without the saved memory"
+                )
+            way.load_state_dict(state[label])
+            channel = self._channels[place]
+            if isinstance(channel, Outgoing):
+                channel.sender.sent = state[label]["messages"]
+            else:
+                channel.received = state[label]["messages"]
+
+    def forget(self) -> None:
+        """Remember nothing, as at the start. On all ranks."""
+        for _, way in self._own():
+            way.forget()
+
+    def _own(self) -> list[tuple[tuple[int, Direction], Way]]:
+        return [(place, way) for place, way in self.ways.items() if place in self._channels]
+
+    def _count(self, place: tuple[int, Direction]) -> int:
+        channel = self._channels[place]
+        return channel.sender.sent if isinstance(channel, Outgoing) else channel.received
 
     def _buffer(self, index: int, shape: list[int], dtype: torch.dtype) -> Tensor:
         """As DeepSpeed's, which forgets the dtype: it gives out a buffer of another one, and the stages wait for each other."""
@@ -168,31 +248,7 @@ def _check(engine: Any, block: EspressoBlock) -> None:
             raise UnsupportedError(f"{what}: this cannot be done yet; {fix}")
 
 
-def _ways(settings: PipelineSettings, stages: int) -> dict[tuple[int, Direction], Way]:
-    """How tensors travel, by boundary and direction. Raises UnsupportedError and what the registry raises."""
-    if extra := next((boundary for boundary in settings.boundaries if boundary >= stages - 1), None):
-        raise UnsupportedError(f'"boundaries": {extra}, but {stages} stages have boundaries 0 to {stages - 2}; remove it')
-    found: dict[tuple[int, Direction], Way] = {}
-    for boundary in range(stages - 1):
-        own = settings.boundaries.get(boundary, settings)
-        for direction in DIRECTIONS:
-            label, chosen = f"boundary {boundary} {direction}", getattr(own, direction)
-            found[boundary, direction] = _way(label, chosen, settings.per_example, len(found))
-    return found
-
-
-def _way(label: str, chosen: CompressorSettings | None, per_example: bool, stream: int) -> Way:
-    if chosen is None:
-        return Way(label, None)
-    mode = chosen.feedback or "none"
-    if mode == "dgc":
-        raise UnsupportedError(f'{label}: "feedback": "dgc" is the momentum of gradients; choose "ef", "ef21" or "none"')
-    codec = registry.make(chosen.model_copy(update={"feedback": mode}))
-    memory = Feedback(mode, getattr(torch, chosen.residual))
-    return Way(label, codec, memory, per_example, chosen.seed + stream * 1_000_003)
-
-
-def _channels(engine: Any, ways: Mapping[tuple[int, Direction], Way], timeout_s: float) -> dict[tuple[int, Direction], Any]:
+def _channels(engine: Any, ways: Ways, timeout_s: float) -> dict[tuple[int, Direction], Any]:
     """This stage's ends of all directions. Collective: every rank makes every group."""
     stage, found = engine.stage_id, {}
     for ranks in engine.grid.pipe_groups:
@@ -203,6 +259,33 @@ def _channels(engine: Any, ways: Mapping[tuple[int, Direction], Way], timeout_s:
                 sends = (stage == boundary) == (direction == "forward")
                 found[boundary, direction] = (Outgoing if sends else Incoming)(way, group, timeout_s)
     return found
+
+
+def _sending_at_once(
+    forward: Callable[..., None], send: Callable[..., None], at_once: Callable[[], bool]
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """A forward pass whose activations leave as soon as they are there, and what is left of their send instruction.
+
+    DeepSpeed's schedule has it wait for the gradients that come next, as a pair of blocking calls in step with the stage after.
+    Nothing can wait in a circle: activations alone ever block, where they are integers, and stages take them in their order.
+    """
+    sent: set[int] = set()
+
+    @functools.wraps(forward)
+    def forward_pass(engine: Any, buffer_id: int) -> None:
+        forward(engine, buffer_id)
+        if at_once():
+            send(engine, buffer_id)
+            sent.add(buffer_id)
+
+    @functools.wraps(send)
+    def send_activations(engine: Any, buffer_id: int) -> None:
+        if buffer_id in sent:
+            sent.remove(buffer_id)
+        else:
+            send(engine, buffer_id)
+
+    return forward_pass, send_activations
 
 
 def _floats(engine: Any, kind: str, buffer_id: int) -> int:
@@ -230,9 +313,9 @@ def _asking(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(tensor, stage, async_op)
         now.taken += 1
         if isinstance(now.channel, Outgoing):
-            now.channel.send(tensor, now.taken - 1, torch.is_grad_enabled())
+            now.channel.send(tensor, now.taken - 1, torch.is_grad_enabled(), now.examples)
         else:
-            now.channel.receive(tensor, now.taken - 1)
+            now.examples = now.channel.receive(tensor, now.taken - 1)
         return None
 
     vars(call)["espresso"] = True

@@ -15,62 +15,21 @@ from __future__ import annotations
 
 import queue
 import threading
-from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from ..compressors.base import Codec, padded
 from ..core.errors import SyncError
-from ..feedback import Feedback
+from .parcel import WORDS, Message, Receiver, Sender, Way
 
 AHEAD = 4
 """Messages that may wait on each side."""
 _CLOSE_S = 5.0
 _IDLE = timedelta(days=365)
 """Between two steps there may be any time; whoever waits for a message has a deadline of its own."""
-_WORDS = 6
 _END = -1
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the tensors of one direction travel.
-
-    Attributes:
-        label: for people and errors, such as `boundary 0 forward`.
-        codec: None sends tensors as they are.
-        feedback: what both sides remember while training.
-        per_example: whether each example (index of the first dimension) is a payload of its own.
-        seed: of random codecs.
-    """
-
-    label: str
-    codec: Codec | None
-    feedback: Feedback = field(default_factory=lambda: Feedback("none"))
-    per_example: bool = False
-    seed: int = 0
-
-    @property
-    def kind(self) -> str:
-        """Codec and feedback for people."""
-        if self.codec is None:
-            return "as it is"
-        return self.codec.name if self.feedback.mode == "none" else f"{self.codec.name}, {self.feedback.mode}"
-
-    def rows(self, x: Tensor) -> tuple[int, int]:
-        """Number of payloads of a tensor, and elements of each."""
-        count = len(x) if self.per_example and x.dim() > 1 and x.numel() else 1
-        return count, x.numel() // count
-
-    def nbytes(self, x: Tensor) -> int:
-        """Bytes of a tensor on the wire, without the header."""
-        if self.codec is None:
-            return x.numel() * x.element_size()
-        count, numel = self.rows(x)
-        return count * padded(self.codec.payload_nbytes(numel))
 
 
 class Outgoing:
@@ -85,25 +44,26 @@ class Outgoing:
     def __init__(self, way: Way, group: ProcessGroup, timeout_s: float) -> None:
         self._way, self._group, self._timeout_s = way, group, timeout_s
         self._peer = 1 - group.rank()
-        self._queue: queue.Queue[tuple[Tensor, int, bool] | None] = queue.Queue(AHEAD)
+        self.sender = Sender(way)
+        self._queue: queue.Queue[tuple[Tensor, int, bool, Tensor | None] | None] = queue.Queue(AHEAD)
         self._fault: BaseException | None = None
-        self._sent = 0
         self._thread = threading.Thread(target=self._work, name=f"espresso {way.label} out", daemon=True)
         self._thread.start()
 
-    def send(self, x: Tensor, index: int, training: bool) -> None:
+    def send(self, x: Tensor, index: int, training: bool, examples: Tensor | None = None) -> None:
         """Send a tensor, which nobody may change before the other side has it.
 
         Args:
             x: floating point, any shape.
             index: of the tensor among those of its micro-batch: what is remembered is remembered by it.
             training: whether feedback takes part.
+            examples: numbers of the examples of the first dimension, int64, where they are known.
 
         Raises:
             SyncError: an earlier message failed, or the receiver has not taken one for the deadline.
         """
         try:
-            self._queue.put((x.detach(), index, training), timeout=self._timeout_s if self._fault is None else 0.0)
+            self._queue.put((x.detach(), index, training, examples), timeout=self._timeout_s if self._fault is None else 0.0)
         except queue.Full:
             self._raise("no room for a message")
         if self._fault is not None:
@@ -124,43 +84,28 @@ class Outgoing:
 
     def _work(self) -> None:
         under_way: list[list[Work]] = [[], []]
-        places = [(torch.empty(_WORDS, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)) for _ in under_way]
+        places = [(torch.zeros(WORDS, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)) for _ in under_way]
         try:
             while (item := self._queue.get()) is not None:
-                place = self._sent % 2  # one is encoded while the other is on its way
+                place = self.sender.sent % 2  # one is encoded while the other is on its way
                 self._settle(under_way[place])
                 header, payload = places[place]
-                nbytes = self._way.nbytes(item[0])
-                if payload.numel() < nbytes:
-                    payload = torch.empty(nbytes, dtype=torch.uint8)
+                x, *_, examples = item
+                message = self.sender.message(*item)
+                if payload.numel() < message.nbytes:
+                    payload = torch.empty(message.nbytes, dtype=torch.uint8)
                     places[place] = header, payload
-                under_way[place] = self._start(*item, header, payload[:nbytes])
-            header = torch.full((_WORDS,), _END)
-            for works in (*under_way, [self._group.send([header], self._peer, 0)]):
+                message.write(header)
+                self.sender.write(x, payload[: message.nbytes], message, examples)
+                under_way[place] = self._start(header, payload[: message.nbytes])
+            for works in (*under_way, self._start(torch.full((WORDS,), _END), places[0][1][:0])):
                 self._settle(works)
         except BaseException as error:
             self._fault = error
 
-    def _start(self, x: Tensor, index: int, training: bool, header: Tensor, payload: Tensor) -> list[Work]:
-        way = self._way
-        if way.codec is None:
-            payload.copy_(x.contiguous().view(-1).view(torch.uint8))
-        else:
-            count, numel = way.rows(x)
-            flat = x.reshape(count, numel).float()
-            for number, row in enumerate(payload.view(count, len(payload) // count)):
-                self._encode(way.codec, flat[number], row[: way.codec.payload_nbytes(numel)], f"{index}/{number}", training)
-        header.copy_(torch.tensor([self._sent, index, x.numel(), way.rows(x)[0], payload.numel(), int(training)]))
-        self._sent += 1
+    def _start(self, header: Tensor, payload: Tensor) -> list[Work]:
         works = [self._group.send([header], self._peer, 0)]
         return [*works, self._group.send([payload], self._peer, 0)] if payload.numel() else works
-
-    def _encode(self, codec: Codec, x: Tensor, payload: Tensor, site: str, training: bool) -> None:
-        seed = self._way.seed + self._sent
-        if training:
-            self._way.feedback.encode(codec, x, payload, seed, site)
-        else:
-            codec.encode(x, payload, seed)
 
     def _settle(self, works: list[Work]) -> None:
         while works:
@@ -179,13 +124,14 @@ class Incoming:
     def __init__(self, way: Way, group: ProcessGroup, timeout_s: float) -> None:
         self._way, self._group, self._timeout_s = way, group, timeout_s
         self._peer = 1 - group.rank()
-        self._queue: queue.Queue[tuple[Tensor, list[int]] | BaseException] = queue.Queue(AHEAD)
-        self._received = 0
+        self.received = 0
+        self._receiver = Receiver(way)
+        self._queue: queue.Queue[tuple[Tensor, Tensor | None, Message] | BaseException] = queue.Queue(AHEAD)
         self._thread = threading.Thread(target=self._work, name=f"espresso {way.label} in", daemon=True)
         self._thread.start()
 
-    def receive(self, out: Tensor, index: int) -> None:
-        """Wait for the next tensor and copy it to `out`.
+    def receive(self, out: Tensor, index: int) -> Tensor | None:
+        """Wait for the next tensor and copy it to `out`. Returns the numbers of its examples, where the sender knows them.
 
         Args:
             out: floating point, of the shape that was sent.
@@ -204,45 +150,34 @@ class Incoming:
         if isinstance(found, BaseException):
             self._queue.put(found)
             raise SyncError(f"{self._way.label}: {found}") from found
-        values, (number, sent_index, numel, *_) = found
-        if (number, sent_index, numel) != (self._received, index, out.numel()):
+        values, examples, message = found
+        if (message.number, message.tensor, message.shape) != (self.received, index, out.shape):
             raise SyncError(
-                f"{self._way.label}: expected message {self._received} with tensor {index} of {out.numel()} elements, "
-                f"got message {number} with tensor {sent_index} of {numel}; the stages are not in step"
+                f"{self._way.label}: expected message {self.received} with tensor {index} of shape {list(out.shape)}, "
+                f"got message {message.number} with tensor {message.tensor} of shape {list(message.shape)}; "
+                "the stages are not in step"
             )
-        self._received += 1
-        source = values if self._way.codec is not None else values.view(out.dtype)
-        out.copy_(source.view(out.shape))
+        self.received += 1
+        out.copy_(values)
+        return examples
 
     def close(self) -> None:
         """Wait a little for the end of the other side's messages."""
         self._thread.join(_CLOSE_S)
 
     def _work(self) -> None:
-        header, room = torch.empty(_WORDS, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
+        header, room = torch.empty(WORDS, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
         try:
             while True:
                 self._group.recv([header], self._peer, 0).wait(_IDLE)
-                words = header.tolist()
-                if words[0] == _END:
+                if header[0] == _END:
                     raise SyncError("the other stage has ended")
-                nbytes = words[4]
-                if room.numel() < nbytes:
-                    room = torch.empty(nbytes, dtype=torch.uint8)
-                payload = room[:nbytes]
-                if nbytes:
+                message = Message.read(header)
+                if room.numel() < message.nbytes:
+                    room = torch.empty(message.nbytes, dtype=torch.uint8)
+                payload = room[: message.nbytes]
+                if message.nbytes:
                     self._group.recv([payload], self._peer, 0).wait(_IDLE)
-                self._queue.put((self._decoded(payload, *words), words))
+                self._queue.put((*self._receiver.read(payload, message), message))
         except BaseException as error:  # belongs to the thread that waits
             self._queue.put(error)
-
-    def _decoded(self, payload: Tensor, number: int, index: int, numel: int, count: int, nbytes: int, training: int) -> Tensor:
-        codec = self._way.codec
-        if codec is None:
-            return payload.clone()
-        out = torch.empty(count, numel // count)
-        for place, row in enumerate(payload.view(count, nbytes // count)):
-            codec.decode_sum(row[None], out[place], self._way.seed + number)
-            if training:
-                self._way.feedback.decoded(out[place], f"{index}/{place} decoded")
-        return out

@@ -1,0 +1,159 @@
+"""Checkpoints of a PipelineEngine with compressed boundaries: what they remember, and the rule that the model was trained with.
+
+Beside DeepSpeed's files in the folder of the tag: `espresso_pipeline.json`, the "pipeline" settings, and for each rank
+`espresso_pipeline_rank0.pt` with the memory of its sides of the boundaries. They are written before DeepSpeed's, which names the
+checkpoint the latest one when all else is there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from ..core.config import PipelineSettings
+from ..core.errors import EspressoError, FileError
+from ..core.record import load_json, write_json
+from ..runtime import ways
+from ..runtime.agree import Agreement
+from .guarding import tell
+
+RULE = "espresso_pipeline.json"
+_MEMORY = "espresso_pipeline_rank{}.pt"
+
+
+class Remembers(Protocol):
+    """What has memory of boundaries."""
+
+    def state_dict(self) -> dict[str, object]:
+        """All of it."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from it."""
+
+    def forget(self) -> None:
+        """Start anew."""
+
+
+class Checkpoints:
+    """Makes an engine's `save_checkpoint` and `load_checkpoint` take the boundaries along.
+
+    Args:
+        engine: a PipelineEngine.
+        settings: of its boundaries.
+        memory: of this rank.
+        group: a gloo group of all ranks.
+    """
+
+    def __init__(self, engine: Any, settings: PipelineSettings, memory: Remembers, group: ProcessGroup) -> None:
+        self._engine, self._settings, self._memory = engine, settings, memory
+        self._group: ProcessGroup | None = group
+        self._save, self._load = engine.save_checkpoint, engine.load_checkpoint
+        engine.save_checkpoint = self._saving
+        engine.load_checkpoint = self._loading
+
+    def detach(self) -> None:
+        """Give the engine its own methods back, and let go of the group, whose threads must not outlive the interpreter."""
+        self._group = None
+        for name in ("save_checkpoint", "load_checkpoint"):
+            vars(self._engine).pop(name, None)
+
+    def _saving(self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(save_dir) / str(f"global_step{self._engine.global_steps}" if tag is None else tag)
+        with self._alike():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(self._memory.state_dict(), folder / _MEMORY.format(dist.get_rank()))
+            except (OSError, RuntimeError) as error:
+                raise FileError(f"{folder}: cannot write what boundaries remember: {error}") from None
+            if dist.get_rank() == 0:
+                write_json(folder / RULE, self._settings.model_dump(mode="json", exclude_none=True))
+        return self._save(save_dir, tag, *args, **kwargs)
+
+    def _loading(self, load_dir: str, *args: Any, **kwargs: Any) -> Any:
+        result = self._load(load_dir, *args, **kwargs)
+        if result[0] is None:
+            return result
+        folder = Path(result[0]).parent
+        warn_of_other_rule(folder, self._settings)
+        whole = not kwargs.get("load_module_only") and kwargs.get("load_optimizer_states", True)
+        path = folder / _MEMORY.format(dist.get_rank())
+        told = [False] * dist.get_world_size()
+        dist.all_gather_object(told, path.exists(), group=self._group)
+        if not whole or not any(told):
+            self._memory.forget()
+            if whole:
+                tell(f"warning: {folder} has no memory of boundaries; they start with none")
+            return result
+        with self._alike():
+            if not path.exists():
+                raise FileError(
+                    f"{path}: no such memory of boundaries, though other ranks have theirs; copy all files of the folder"
+                )
+            self._memory.load_state_dict(torch.load(path, weights_only=True))
+        return result
+
+    @contextmanager
+    def _alike(self) -> Iterator[None]:
+        """What fails on one rank stops all of them with the same error."""
+        assert self._group is not None
+        agreement = Agreement(self._group)
+        with agreement.collecting():
+            yield
+        agreement.settle()
+
+
+def keeps_only_some(settings: PipelineSettings) -> str | None:
+    """The forward codec that sends only some activations, for people; None where all are sent."""
+    every = [settings, *settings.boundaries.values()]
+    return next((each.forward.label for each in every if each.forward is not None and each.forward.density is not None), None)
+
+
+def warn_of_other_rule(folder: Path, settings: PipelineSettings | None) -> None:
+    """Say so where a checkpoint's model was trained with other activations than this run's, which matters for what it has learnt.
+
+    Args:
+        folder: of the checkpoint's tag.
+        settings: this run's; None: nothing is compressed.
+    """
+    if not (folder / RULE).exists():
+        return
+    try:
+        trained = PipelineSettings.read(load_json(folder / RULE, "pipeline rule", "engine.save_checkpoint"), str(folder / RULE))
+    except EspressoError as error:
+        tell(f"warning: {error}")
+        return
+    strong = keeps_only_some(trained)
+    if strong and (settings is None or keeps_only_some(settings) is None):
+        tell(
+            f"warning: the model in {folder} was trained with {strong} between its stages, and this run sends all activations: "
+            "it has learnt to do without the rest of them, and is usually worse with them; to compress as in training, put the "
+            f'content of {RULE} into the "espresso" block as "pipeline"'
+        )
+    elif settings is not None and _forward(trained) != _forward(settings):
+        tell(f"warning: the model in {folder} was trained with other codecs of activations than this run's: see {RULE} there")
+
+
+def _forward(settings: PipelineSettings) -> object:
+    shared = settings.forward, settings.per_example
+    return shared, {boundary: ways.of_boundary(settings, boundary).forward for boundary in settings.boundaries}
+
+
+def warn_when_loading(engine: Any) -> None:
+    """Let an engine without compressed boundaries tell when it loads a model that was trained with them."""
+    load = engine.load_checkpoint
+
+    @functools.wraps(load)
+    def loading(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        if result[0] is not None:
+            warn_of_other_rule(Path(result[0]).parent, None)
+        return result
+
+    engine.load_checkpoint = loading
