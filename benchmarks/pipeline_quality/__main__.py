@@ -93,8 +93,10 @@ def _run(model: Model, setup: Setup, out: Path, start: Path | None, runs: Sequen
 
 
 def _changed(setup: Setup, words: str) -> Setup:
-    """With `epochs=2,lr=0.001`."""
+    """With `epochs=2,lr=0.001`; a model that starts from scratch keeps doing so."""
     pairs = dict(word.split("=") for word in words.split(",") if word)
+    if not setup.start_steps:
+        pairs.pop("start_steps", None)
     return replace(setup, **{key: type(getattr(setup, key))(value) for key, value in pairs.items()})
 
 
