@@ -33,8 +33,8 @@ from .start import make_start
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/pipeline_quality"
 SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_LOG_LEVEL": "warning"}
-RUNS_AT_ONCE = 24
-"""Of one set of processes: engines leave process groups behind, each with threads and sockets."""
+RUNS_AT_ONCE = 13
+"""Of one set of processes: engines leave process groups behind, each with two dozen threads and some sockets."""
 
 MOST_FAILED = 8
 """Of a model's runs: more than that have a common cause."""
