@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..core.config import PipelineSettings
+from ..core.config import EspressoBlock, PipelineSettings
 from ..core.errors import MismatchError, UnsupportedError
 from ..core.plan import read_block
 from ..runtime import ways
