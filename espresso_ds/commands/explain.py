@@ -12,6 +12,7 @@ from ..core.record import write_json
 from ..planner.build import timelines_of
 from ..planner.chrome import to_chrome
 from .console import wide_console
+from .plan import describe
 from .prepare import profile_directory
 
 
@@ -44,10 +45,13 @@ def run(args: argparse.Namespace) -> None:
 
     _, block, plan = load_plan_file(args.plan)
     console = wide_console()
-    console.print(explain(plan, args.tensor))
+    if plan.pipeline is not None:
+        print(describe(plan))
+    if plan.pipeline is None or plan.tensors:
+        console.print(explain(plan, args.tensor))
     directory = args.profiles or profile_directory(args.plan)
     wanted = [path for path in (args.picture, args.chrome) if path is not None]
-    if not wanted and (args.tensor is not None or not directory.is_dir()):
+    if not wanted and (args.tensor is not None or plan.pipeline is not None or not directory.is_dir()):
         return
     timelines = load_timelines(plan, directory, block)
     if args.tensor is None:
@@ -64,7 +68,7 @@ def load_timelines(plan: Plan, directory: Path, block: EspressoBlock) -> dict:
     """The plan's timelines, from the profiles in `directory`. Raises FileError, MismatchError."""
     return timelines_of(
         plan,
-        ModelTrace.load(directory / "trace.json"),
+        ModelTrace.load(directory / "trace.json").without_stages("a picture of the timeline"),
         ClusterProfile.load(directory / "cluster.json"),
         CompressorProfile.load(directory / "compressors.json"),
         block.constraints,

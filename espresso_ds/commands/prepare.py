@@ -8,9 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..core.config import CompressorSettings
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..core.record import FileRecord
 from ..integrations import boot
+from ..planner.pipeline import USUAL
 from .job import Reporter
 from .launching import add_cluster_arguments, add_launch_arguments
 from .plan import add_plan_arguments, describe, read_ds_config, with_arguments, write_plan
@@ -61,6 +63,10 @@ def run(args: argparse.Namespace) -> None:
         try:
             trace = given.get("trace") or trace_script(args, work / "trace.json", report.part(0.0, 0.4, "trace"))
             trace.save(work / "trace.json")
+            if trace.pipeline is not None and (compressor, alternatives) == (CompressorSettings(), ()):
+                compressor, *rest = USUAL
+                alternatives = tuple(rest)
+                block = block.model_copy(update={"compressor": compressor, "alternatives": alternatives})
             cluster = given.get("cluster") or profile_cluster(
                 args, work / "cluster.json", report.part(0.4, 0.75, "cluster"), trace.threads
             )

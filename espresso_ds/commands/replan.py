@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 def _profiles(args: argparse.Namespace) -> Profiles:
     beside = profile_directory(args.plan)
     return Profiles(
-        ModelTrace.load(args.trace or beside / "trace.json"),
+        ModelTrace.load(args.trace or beside / "trace.json").without_stages("replanning"),
         ClusterProfile.load(args.cluster or beside / "cluster.json"),
         CompressorProfile.load(args.compressors or beside / "compressors.json"),
     )

@@ -79,7 +79,7 @@ def load(args: argparse.Namespace) -> tuple[EspressoBlock, ModelTrace, ClusterPr
         given = {kind: file or profile_directory(args.plan) / f"{kind}.json" for kind, file in given.items()}
     if missing := [f"--{kind}" for kind, file in given.items() if file is None]:
         raise FileError(f"nothing to start from: give a plan.json whose profiles lie beside it, or {', '.join(missing)}")
-    trace, cluster = ModelTrace.load(given["trace"]), ClusterProfile.load(given["cluster"])
+    trace, cluster = ModelTrace.load(given["trace"]).without_stages("what-if"), ClusterProfile.load(given["cluster"])
     return block, trace, cluster, CompressorProfile.load(given["compressors"])
 
 

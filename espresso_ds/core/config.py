@@ -59,6 +59,7 @@ class Constraints(Record):
     summable_only: bool = Field(False, description="only codecs whose payloads can be summed")
     residual_bytes: NonNegativeInt | None = Field(None, description="most memory of one rank for error feedback")
     boundary_density: float = Field(0.1, gt=0, le=1, description="least density of TopK between pipeline stages")
+    boundary_aqsgd_density: float = Field(0.3, gt=0, le=1, description="the same of activations with AQ-SGD")
     milder_backward: bool = Field(True, description="gradients between pipeline stages lose less than activations")
 
 
@@ -90,6 +91,9 @@ class PipelineSettings(BoundarySettings):
 
     boundaries: dict[NonNegativeInt, BoundarySettings] = Field(
         {}, description='other settings for single boundaries: "0" is the one between stages 0 and 1'
+    )
+    feedback: Literal["none", "ef", "ef21", "aqsgd"] = Field(
+        "none", description="what the planner gives to codecs of activations"
     )
     per_example: bool = Field(False, description="compress each example of a micro-batch by itself")
     evaluation: Literal["as trained", "uncompressed"] = Field("as trained", description="what eval_batch does")

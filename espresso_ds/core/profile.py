@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from .config import CompressorSettings
+from .errors import UnsupportedError
 from .hosts import ClusterKind, Host
 from .option import Device, Level, Task
 from .record import FileRecord, Record, fingerprint
@@ -96,6 +97,14 @@ class ModelTrace(FileRecord):
     def fingerprint(self) -> str:
         """Short hash of the content; that of a file from before there were pipelines stays what it was."""
         return fingerprint(self.model_dump(mode="json", exclude={"pipeline"} if self.pipeline is None else None))
+
+    def without_stages(self, what: str) -> ModelTrace:
+        """The trace itself. Raises UnsupportedError where it is of a pipeline, for whatever cannot be done for those yet."""
+        if self.pipeline is not None:
+            raise UnsupportedError(
+                f"{what} of a model with pipeline stages cannot be done yet; `espresso plan` and `explain` can"
+            )
+        return self
 
     @property
     def compute_s(self) -> float:

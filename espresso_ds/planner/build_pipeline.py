@@ -10,7 +10,7 @@ from ..core.plan import MadeFor, PipelineDecision, Plan, Prediction, TensorDecis
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from .build import WORTHWHILE, make_plan
 from .cost import Costs
-from .pipeline import AS_IT_IS, Pair, Pipeline, best, candidates, reasons, settings_of
+from .pipeline import AS_IT_IS, Pair, Pipeline, best, candidates, pairs_of, reasons, settings_of
 
 
 def make_pipeline_plan(
@@ -64,8 +64,7 @@ def make_pipeline_plan(
     pairs: list[Pair] = [(AS_IT_IS, AS_IT_IS)] * (stages - 1)
     plain = pairs
     if not uncompressed:
-        menu = candidates(compressors.codecs, block.constraints)
-        pairs = best(pipeline, menu, block.constraints, WORTHWHILE, block.thrift)
+        pairs = best(pipeline, _menu(compressors, block, given), WORTHWHILE, block.thrift)
     why = [f"boundary {number}: {text}" for number, text in enumerate(reasons(pipeline, pairs))]
     plans: list[Plan] = []
     if count > 1 and replicas is not None:
@@ -113,6 +112,21 @@ def make_pipeline_plan(
             why=tuple(why),
         ),
     ).sealed()
+
+
+def _menu(compressors: CompressorProfile, block: EspressoBlock, given: PipelineSettings) -> list[Pair]:
+    """What a boundary may have. Raises FileError where that is nothing but to send all as it is."""
+    limits, codecs = block.constraints, compressors.codecs
+    density = limits.boundary_aqsgd_density if given.feedback == "aqsgd" else limits.boundary_density
+    forward = candidates(codecs, density, given.feedback)
+    backward = candidates(codecs, limits.boundary_density)
+    if forward == backward == [AS_IT_IS]:
+        raise FileError(
+            f"compressor profile: none of {', '.join(codec.compressor.label for codec in codecs)} may cross between pipeline "
+            f'stages (TopK keeps at least "boundary_density" {density:g} there, signs lose the scale); profile others too, such '
+            "as --alternative quantize:bits=8, or plan with --uncompressed"
+        )
+    return pairs_of(forward, backward, limits.milder_backward)
 
 
 def _of_stage(trace: ModelTrace, stage: int, begun_s: float, replicas: ClusterProfile) -> ModelTrace:

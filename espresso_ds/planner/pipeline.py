@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ..core.config import BoundarySettings, CompressorSettings, Constraints, PipelineSettings
+from ..core.config import BoundarySettings, CompressorSettings, FeedbackMode, PipelineSettings
 from ..core.errors import FileError
 from ..core.option import Device, Level
 from ..core.profile import ClusterProfile, CodecProfile, PipelineTrace
@@ -21,6 +21,12 @@ from .pipeline_timeline import Boundary, Message, Played, StageTimes, blocking, 
 
 HEADER_BYTES = 128
 """What a message of the runtime has in front of its payload."""
+USUAL = (
+    CompressorSettings(name="quantize", bits=8, feedback="none"),
+    CompressorSettings(name="quantize", bits=4, feedback="none"),
+    CompressorSettings(name="topk_sampled", density=0.1, feedback="none"),
+)
+"""Codecs to profile for boundaries where the user names none: TopK 1%, the default for gradients, is too strong here."""
 _BY_MAGNITUDE = ("topk", "topk_sampled")
 Direction = Literal["forward", "backward"]
 
@@ -121,38 +127,40 @@ class Pipeline:
         return link.alpha_s, link.beta_s_per_byte
 
 
-def candidates(codecs: Sequence[CodecProfile], constraints: Constraints) -> list[Candidate]:
-    """As it is, and every codec that suits activations and keeps to the constraints; each without feedback of its own."""
+def candidates(codecs: Sequence[CodecProfile], least_density: float, feedback: FeedbackMode = "none") -> list[Candidate]:
+    """As it is, and every codec that keeps the scale of what it encodes and, of TopK, enough of it; each with this feedback."""
     found = [AS_IT_IS]
     for number, codec in enumerate(codecs):
         settings = codec.compressor
         dense = settings.density is None
         if codec.votes or not codec.keeps_scale or not any(times.device is Device.CPU for times in codec.devices):
             continue
-        if dense or (settings.name in _BY_MAGNITUDE and (settings.density or 0) >= constraints.boundary_density):
-            kept = CompressorSettings(**{**settings.model_dump(), "feedback": "none"})
+        if dense or (settings.name in _BY_MAGNITUDE and (settings.density or 0) >= least_density):
+            kept = CompressorSettings(**{**settings.model_dump(), "feedback": feedback})
             found.append(Candidate(number, kept, codec.relative_error))
     return found
 
 
-def allowed(pair: Pair, constraints: Constraints) -> bool:
-    """Whether a boundary may have both: gradients lose less than activations, or nothing."""
-    forward, backward = pair
-    return not constraints.milder_backward or backward.relative_error == 0 or backward.relative_error < forward.relative_error
+def pairs_of(forward: Sequence[Candidate], backward: Sequence[Candidate], milder_backward: bool) -> list[Pair]:
+    """What a boundary may have: any two or, if `milder_backward`, those whose gradients lose less than activations, or nothing."""
+    return [
+        (one, other)
+        for one in forward
+        for other in backward
+        if not milder_backward or other.relative_error == 0 or other.relative_error < one.relative_error
+    ]
 
 
-def best(pipeline: Pipeline, menu: Sequence[Candidate], constraints: Constraints, worthwhile: float, thrift: float) -> list[Pair]:
+def best(pipeline: Pipeline, every: Sequence[Pair], worthwhile: float, thrift: float) -> list[Pair]:
     """The pairs of all boundaries.
 
     Args:
         pipeline: with its costs.
-        menu: candidates, as it is first.
-        constraints: what each pair must keep to.
+        every: what a boundary may have.
         worthwhile: least share of the uncompressed step that compression must save.
         thrift: share of the shortest step to give for losing less.
     """
     count = len(pipeline.trace.boundaries)
-    every = [(one, other) for one in menu for other in menu if allowed((one, other), constraints)]
     plain = [(AS_IT_IS, AS_IT_IS)] * count
 
     def seconds(pairs: Sequence[Pair]) -> float:

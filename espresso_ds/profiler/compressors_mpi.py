@@ -49,7 +49,8 @@ def sizes_of(trace: ModelTrace) -> list[int]:
     """Sizes up to that of the whole model (fused into one buffer), with the largest tensor and its shards exactly."""
     total = sum(tensor.numel for tensor in trace.tensors)
     largest = max(tensor.numel for tensor in trace.tensors)
-    return sorted({*geometric_sizes(total), largest, -(-largest // trace.world_size)})
+    crossing = set() if trace.pipeline is None else {n for each in trace.pipeline.boundaries for n in each.forward_numel}
+    return sorted({*geometric_sizes(total), largest, -(-largest // trace.world_size), *crossing})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
