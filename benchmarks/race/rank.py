@@ -66,7 +66,7 @@ class Race:
     def train(self, name: str, steps: int, measured: Measured | None = None) -> None:
         """Take steps; each is timed from the end of the one before."""
         training, start = self.trainings[name], time.perf_counter()
-        cpu, sent = _cpu_s(), _sent_bytes()
+        cpu, sent = _cpu_s(), sent_bytes()
         for _ in range(steps):
             training.step(self.workload.batch(self.rank, self.steps[name], self.job["seed"]))
             self.steps[name] += 1
@@ -77,23 +77,23 @@ class Race:
         if measured is not None:
             dist.barrier()
             measured.cpu_s.append((_cpu_s() - cpu) / steps)
-            measured.sent.append((_sent_bytes() - sent) / steps)
+            measured.sent.append((sent_bytes() - sent) / steps)
 
     def at_rate(self, rate: str, plans: dict[str, str], say: Any) -> dict[str, Any]:
         """Race the peers and these plans at one rate; the same result on every rank."""
-        _shape("none", self.rank)
+        shape_links("none", self.rank)
         for name in [name for name in self.trainings if name not in PEERS]:
             self.trainings.pop(name).close()
         for name, plan in plans.items():
             self.build(name, plan)
-        _shape(rate, self.rank)
+        shape_links(rate, self.rank)
         measured = {name: Measured() for name in self.trainings}
         expected = {}
         for name in measured:  # once, to learn how long steps are here
             dist.barrier()
             trial = Measured()
             self.train(name, 1, trial)
-            expected[name] = _slowest(trial.step_s)[0]
+            expected[name] = slowest(trial.step_s)[0]
         turns = {name: self.turn(seconds) for name, seconds in expected.items()}
         round_s = sum(seconds * sum(turns[name]) for name, seconds in expected.items())
         rounds = max(self.job["least_rounds"], min(self.job["most_rounds"], int(self.job["budget_s"] / round_s)))
@@ -118,7 +118,7 @@ class Race:
         dist.all_reduce(cpu)
         result: dict[str, Any] = {
             "kind": PEERS.get(name) or ("ours" if name in self.job["ours"] else "crippled"),
-            "step_s": _slowest(measured.step_s),
+            "step_s": slowest(measured.step_s),
             "cpu_s": cpu.tolist(),
             "sent_bytes": statistics.median(measured.sent),
         }
@@ -129,7 +129,7 @@ class Race:
 
     def losses(self, plans: dict[str, str], steps: int, seeds: list[int], say: Any) -> dict[str, Any]:
         """Held-out loss of every variant after equal steps from equal weights, on unshaped links."""
-        _shape("none", self.rank)
+        shape_links("none", self.rank)
         found: dict[str, Any] = {}
         for name in (*self.job["loss_peers"], *plans):
             final = []
@@ -144,7 +144,7 @@ class Race:
         return found
 
 
-def _slowest(seconds: list[float]) -> list[float]:
+def slowest(seconds: list[float]) -> list[float]:
     """Of each step the slowest rank's time."""
     times = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(times, dist.ReduceOp.MAX)
@@ -156,11 +156,11 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _sent_bytes() -> int:
+def sent_bytes() -> int:
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
 
-def _shape(rate: str, rank: int) -> None:
+def shape_links(rate: str, rank: int) -> None:
     """Set the rate of all links, once nobody uses them."""
     dist.barrier()
     if rank == 0:

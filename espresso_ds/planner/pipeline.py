@@ -142,7 +142,7 @@ def candidates(codecs: Sequence[CodecProfile], least_density: float, feedback: F
 
 
 def pairs_of(forward: Sequence[Candidate], backward: Sequence[Candidate], milder_backward: bool) -> list[Pair]:
-    """What a boundary may have: any two or, if `milder_backward`, those whose gradients lose less than activations, or nothing."""
+    """What a boundary may have: any two or, if `milder_backward`, those whose gradients lose less than activations or nothing."""
     return [
         (one, other)
         for one in forward
