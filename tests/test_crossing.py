@@ -1,8 +1,10 @@
 """One direction of a pipeline boundary between two threads: what arrives is what codec and feedback make of it, in order."""
 
+import os
 import random
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -335,39 +337,73 @@ def test_faults_are_named(pair):
     pair.run(work)
 
 
-@pytest.mark.parametrize("seed", range(20))
+SCHEDULES = int(os.environ.get("ESPRESSO_SCHEDULES", "20"))
+"""How many random ones; 10,000 take about half an hour."""
+
+
+def random_ways(rng):
+    """Forward and backward of a boundary, for each side: a function that makes them, and whether examples have numbers."""
+    per_example, pick = rng.random() < 0.3, rng.choice
+    if rng.random() < 0.2:
+        settings = CompressorSettings(name=pick(("topk", "topk_sampled")), density=pick((0.05, 0.3, 1.0)), feedback="none")
+
+        def shared():
+            chosen = Chosen()
+            forward = Way("forward", registry.make(settings), per_example=per_example, chosen=chosen)
+            return forward, Way("backward", None, per_example=per_example, chosen=chosen)
+
+        return shared, False
+    aqsgd = rng.random() < 0.3
+    one, other = EVERY[pick(list(EVERY))], EVERY[pick(list(EVERY))]
+    storage = pick(list(STORED))
+
+    def ways():
+        forward, backward = way_of(one, per_example), way_of(other, per_example)
+        if aqsgd and one is not None and one.feedback != "none":  # those contract
+            forward = replace(forward, feedback=Feedback("none"), examples=ExampleMemory("forward", storage))
+        return forward, backward
+
+    return ways, aqsgd
+
+
+@pytest.mark.parametrize("seed", range(SCHEDULES))
 def test_random_schedules_run_to_their_end(seed):
-    """Stages in a row, each a thread, under DeepSpeed's own schedule of instructions: no message is lost, none waits for ever."""
+    """Stages in a row, each a thread, under DeepSpeed's own schedules, activations sent at once: no message is lost, none waits
+    for ever."""
     from deepspeed.runtime.pipe import schedule
 
     rng = random.Random(seed)
     stages, micro_batches = rng.randint(2, 4), rng.randint(1, 9)
-    settings = [EVERY[rng.choice(list(EVERY))] for _ in range(2 * (stages - 1))]
-    sizes = [[rng.randint(1, 3000) for _ in range(micro_batches)] for _ in range(stages - 1)]
-    pairs = [Ranks(2, lanes=2) for _ in range(stages - 1)]
+    made = [random_ways(rng) for _ in range(stages - 1)]
+    shapes = [(rng.randint(1, 5), rng.randint(1, 800)) for _ in made]
     kinds = [rng.choice((schedule.TrainSchedule, schedule.InferenceSchedule)) for _ in range(3)]
+    pairs = [Ranks(2, lanes=2) for _ in made]
 
     def stage(number):
         ends = {}
         for boundary in (number - 1, number):
             if 0 <= boundary < stages - 1:
+                ways = made[boundary][0]()
                 for lane, forward in ((0, True), (1, False)):
                     side = int(boundary == number - 1)
                     kind = Outgoing if (side == 0) == forward else Incoming
-                    way = way_of(settings[2 * boundary + lane])
-                    ends[boundary, forward] = kind(way, pairs[boundary].groups[lane][side], DEADLINE_S)
+                    ends[boundary, forward] = kind(ways[lane], pairs[boundary].groups[lane][side], DEADLINE_S)
+        done = dict.fromkeys(("ForwardPass", "RecvActivation", "SendGrad", "RecvGrad"), 0)
         for kind in kinds:
-            done = dict.fromkeys(("SendActivation", "RecvActivation", "SendGrad", "RecvGrad"), 0)
+            training = kind is schedule.TrainSchedule
             for commands in kind(micro_batches=micro_batches, stages=stages, stage_id=number):
                 for name in [type(command).__name__ for command in commands]:
-                    if name not in done:
+                    boundary = number if name in ("ForwardPass", "RecvGrad") else number - 1
+                    if name not in done or not 0 <= boundary < stages - 1:
                         continue
-                    boundary = number if name in ("SendActivation", "RecvGrad") else number - 1
-                    channel, numel = ends[boundary, name.endswith("Activation")], sizes[boundary][done[name]]
-                    if name.startswith("Send"):
-                        channel.send(normal(numel, done[name]), 0, False)
+                    shape = shapes[boundary]
+                    if name == "ForwardPass":
+                        numbers = torch.arange(shape[0]) + done[name] % 3 if made[boundary][1] and training else None
+                        ends[boundary, True].send(normal(shape[0] * shape[1], done[name]).view(shape), 0, training, numbers)
+                    elif name == "SendGrad":
+                        ends[boundary, False].send(normal(shape[0] * shape[1], done[name]).view(shape), 0, True)
                     else:
-                        channel.receive(torch.empty(numel), 0)
+                        ends[boundary, name == "RecvActivation"].receive(torch.empty(shape), 0)
                     done[name] += 1
         for kind in (Outgoing, Incoming):
             for channel in ends.values():

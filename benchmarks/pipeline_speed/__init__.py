@@ -4,6 +4,6 @@
     python -m benchmarks.pipeline_speed report
 
 in an environment with espresso_ds and MPI, on a machine with nothing else to do, as root or with user namespaces. One emulated
-host for each stage. Writes a file for each cell (model x stages x rate) into benchmarks/results/pipeline_speed; profiles and plans
-stay in .pipeline_speed.
+host for each stage. Writes a file for each cell (model x stages x rate) into benchmarks/results/pipeline_speed; profiles and
+plans stay in .pipeline_speed.
 """

@@ -157,6 +157,7 @@ def _cpu_s() -> float:
 
 
 def sent_bytes() -> int:
+    """Bytes that have left this host, by its interface's counter."""
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
 
