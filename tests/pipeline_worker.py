@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from espresso_ds.core.errors import EspressoError
 
@@ -45,6 +46,14 @@ class WithIds(Plain):
         return ids, super().forward(x) + ids.sin() / 9
 
 
+class Masked(Plain):
+    """A mask behind the activations, which DeepSpeed casts to half and sends along."""
+
+    def forward(self, both):
+        x, mask = both
+        return super().forward(x) * (1 + mask), mask
+
+
 class Two(Plain):
     """Two tensors of activations of unequal sizes."""
 
@@ -58,11 +67,13 @@ def loss(outputs, labels):
     return sum((t - labels[:, : t.shape[1]].to(t.dtype)).pow(2).mean() for t in tensors)
 
 
-def batches(micro_batches, seed, dtype):
+def batches(micro_batches, seed, dtype, uneven=False, masked=False):
     """Other ones on other replicas."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(micro_batches):
-        yield tuple(torch.randn(BATCH, WIDTH, generator=generator).to(dtype) for _ in range(2))
+    for number in range(micro_batches):
+        rows = BATCH + (3 * number % 4 if uneven else 0)
+        x, y = (torch.randn(rows, WIDTH, generator=generator).to(dtype) for _ in range(2))
+        yield ((x, x > 0) if masked else x), y
 
 
 def examples(micro_batches, replicas):
@@ -77,12 +88,19 @@ def trained(stages, layer=Plain, micro_batches=4, block=None, steps=STEPS, check
     Args:
         again: on the same batch in every step.
         given: `dataset`: whether the engine reads the data itself; `load`, `save`: folders of a checkpoint of before the first
-            and of after the second step; all else is DeepSpeed's.
+            and of after the second step; `partitioned`: two ranks of a stage hold halves of what crosses; `uneven`: micro-batches
+            of other sizes; all else is DeepSpeed's.
     """
-    config = {key: value for key, value in given.items() if key not in ("dataset", "load", "save")}
+    config = {key: value for key, value in given.items() if key not in ("dataset", "load", "save", "partitioned", "uneven")}
     torch.manual_seed(0)
     layers, dtype = [LayerSpec(layer) for _ in range(2 * stages)], torch.bfloat16 if "bf16" in config else torch.float32
-    module = PipelineModule(layers, num_stages=stages, loss_fn=loss, activation_checkpoint_interval=checkpointed)
+    shape = {"num_stages": stages}
+    if given.get("partitioned"):
+        shape = {"topology": PipeModelDataParallelTopology(num_pp=stages, num_mp=2, num_dp=1)}
+        config["pipeline"] = {"pipe_partitioned": True, "grad_partitioned": True}
+    if given.get("uneven"):
+        shape["dynamic_shape"] = True
+    module = PipelineModule(layers, **shape, loss_fn=loss, activation_checkpoint_interval=checkpointed)
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": micro_batches,
@@ -93,19 +111,20 @@ def trained(stages, layer=Plain, micro_batches=4, block=None, steps=STEPS, check
     }
     dataset = examples(micro_batches, dist.get_world_size() // stages) if given.get("dataset") else None
     engine, *_ = deepspeed.initialize(model=module, config=settings, training_data=dataset)
+    engine.set_has_attention_mask(layer is Masked)
     if "load" in given:
         engine.load_checkpoint(given["load"])
     replica = engine.grid.get_data_parallel_id()
-    losses = []
+    losses, how = [], {"uneven": given.get("uneven"), "masked": layer is Masked}
     for _ in range(steps):
         step = engine.global_steps
-        data = None if dataset else batches(micro_batches, replica if again else 10 * step + replica, dtype)
+        data = None if dataset else batches(micro_batches, replica if again else 10 * step + replica, dtype, **how)
         losses.append(engine.train_batch(data).item())
         if step == 1 and "save" in given:
             engine.save_checkpoint(given["save"])
         if step == 1:
-            losses.append(engine.eval_batch(batches(micro_batches, 999 + replica, dtype)).item())
-    losses.append(engine.eval_batch(batches(micro_batches, 999 + replica, dtype)).item())
+            losses.append(engine.eval_batch(batches(micro_batches, 999 + replica, dtype, **how)).item())
+    losses.append(engine.eval_batch(batches(micro_batches, 999 + replica, dtype, **how)).item())
     if block is not None:
         vars(engine).pop("espresso").detach()
     engine.destroy()
@@ -157,7 +176,13 @@ def main():
     told["equal"]["bf16"] = [trained(stages, bf16={"enabled": True}, block=block) for block in (None, {})]
     told["equal"]["checkpointed"] = [trained(stages, block=block, checkpointed=1) for block in (None, {"forward": IDENTITY})]
     told["equal"]["two tensors"] = [trained(stages, Two, block=block) for block in (None, {})]
+    told["equal"]["uneven micro-batches"] = [trained(stages, uneven=True, block=block) for block in (None, {"forward": IDENTITY})]
+    told["equal"]["mask behind"] = [trained(stages, Masked, block=block) for block in (None, {"forward": IDENTITY})]
     told["equal"]["ids in front"] = [trained(stages, WithIds, block=block) for block in ({}, {"forward": IDENTITY})]
+    if dist.get_world_size() == 2 * stages:
+        blocks = (None, {}, {"forward": IDENTITY, "backward": IDENTITY})
+        stock, *ours = [trained(stages, partitioned=True, block=block) for block in blocks]
+        told["equal"] |= {f"partitioned {number}": [stock, each] for number, each in enumerate(ours)}
     both = {"forward": BITS, "backward": BITS}
     told["compressed"] = {
         "none": trained(stages),
@@ -170,6 +195,7 @@ def main():
         "topk on boundary 0 only": trained(stages, block={"boundaries": {"0": {"forward": TOPK}}}),
         "shared indices": trained(stages, block={"forward": TOPK, "shared_indices": True}),
         "aqsgd": trained(stages, block={"forward": {**BITS, "feedback": "aqsgd"}, "backward": BITS}),
+        "uneven, 8 bits": trained(stages, uneven=True, block=both),
         "two tensors, ef": trained(stages, Two, block={"forward": {**BITS, "feedback": "ef"}, "backward": BITS}),
     }
     told["learnt"] = {

@@ -144,7 +144,7 @@ class PipelineAttachment:
         ours = {kind: self._through(kind, place) for kind, place in kinds.items() if place in self._channels}
         if schedule.SendActivation in ours:
             forward = engine._INSTRUCTION_MAP[schedule.ForwardPass]
-            passes = _sending_at_once(forward, ours[schedule.SendActivation], self._compresses)
+            passes = _sending_at_once(forward, ours[schedule.SendActivation], self._sends_at_once)
             ours |= dict(zip((schedule.ForwardPass, schedule.SendActivation), passes, strict=True))
         engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **ours}
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -193,6 +193,9 @@ class PipelineAttachment:
     def _compresses(self) -> bool:
         """Whether what is under way, training or evaluation, goes through the channels."""
         return torch.is_grad_enabled() or self.evaluates
+
+    def _sends_at_once(self) -> bool:
+        return self._compresses() and not self._engine.is_grad_partitioned
 
     def _numbered(self, boundary: int, direction: Direction) -> bool:
         """Whether numbers of examples cross here: AQ-SGD is on this boundary, or needs them on a later one."""
@@ -285,7 +288,8 @@ def _sending_at_once(
     """A forward pass whose activations leave as soon as they are there, and what is left of their send instruction.
 
     DeepSpeed's schedule has it wait for the gradients that come next, as a pair of blocking calls in step with the stage after.
-    Nothing can wait in a circle: activations alone ever block, where they are integers, and stages take them in their order.
+    Nothing can wait in a circle: activations alone block, where they are integers, and stages take them in their order. Where
+    gradients are partitioned their metadata block too: there the order stays DeepSpeed's.
     """
     sent: set[int] = set()
 
