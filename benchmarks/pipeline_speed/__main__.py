@@ -22,7 +22,7 @@ from .report import report
 from .results import OURS, CellResult
 
 RESULTS = ROOT / "benchmarks/results/pipeline_speed"
-CODECS = ("quantize:bits=8", "quantize:bits=4", "topk_sampled:density=0.1", "bf16:feedback=none")
+CODECS = ("bf16", "quantize:bits=8", "quantize:bits=4", "topk_sampled:density=0.1")
 BITS, TOPK = {"name": "quantize", "bits": 4}, {"name": "topk_sampled", "density": 0.1}
 FIXED = {
     "as it is, overlapped": {},
