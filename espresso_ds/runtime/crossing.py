@@ -4,9 +4,10 @@
     stage b + 1                                thread: receive, decode -> queue -> receive(out)
 
 A message is a header and its bytes: micro-batches may have any shapes, and a stage that is out of step is found out rather than
-waited for. Each direction has a process group of its own, on which one thread sends and one receives, so that messages keep the
-order in which the schedule made them. At most `AHEAD` wait on each side; a schedule that runs with sends that wait for their
-receiver runs with these as well, since a longer queue never keeps a stage from going on.
+waited for. Both travel as one where the receiver can know their size in advance (`Frames`). Each direction has a process group
+of its own, on which one thread sends and one receives, so that messages keep the order in which the schedule made them. At most
+`AHEAD` wait on each side; a schedule that runs with sends that wait for their receiver runs with these as well, since a longer
+queue never keeps a stage from going on.
 
 On a CPU; on CUDA the payloads would cross on streams of these threads, which is not there yet.
 """
@@ -22,14 +23,36 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from ..core.errors import SyncError
-from .parcel import WORDS, Message, Receiver, Sender, Way
+from .parcel import HEADER, Message, Receiver, Sender, Way
 
 AHEAD = 4
 """Messages that may wait on each side."""
 _CLOSE_S = 5.0
 _IDLE = timedelta(days=365)
 """Between two steps there may be any time; whoever waits for a message has a deadline of its own."""
-_END = -1
+
+
+class Frames:
+    """How many bytes the receiver makes room for behind the next header: both sides work it out from the messages before.
+
+    As many as the last message of that tensor had, if the one before had as many; else none, and the bytes come apart: a second
+    message, for which the receiver has to ask.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._next = 0
+
+    def room(self) -> int:
+        """Bytes behind the next header."""
+        last, before = self._sizes.get(self._next, (0, -1))
+        return last if last == before else 0
+
+    def add(self, message: Message) -> None:
+        """A message has been framed."""
+        last, _ = self._sizes.get(message.tensor, (0, -1))
+        self._sizes[message.tensor] = message.nbytes, last
+        self._next = message.tensor + 1 if message.tensor + 1 in self._sizes else 0
 
 
 class Outgoing:
@@ -84,28 +107,26 @@ class Outgoing:
 
     def _work(self) -> None:
         under_way: list[list[Work]] = [[], []]
-        places = [(torch.zeros(WORDS, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)) for _ in under_way]
+        buffers, frames = [torch.empty(HEADER, dtype=torch.uint8) for _ in under_way], Frames()
         try:
             while (item := self._queue.get()) is not None:
                 place = self.sender.sent % 2  # one is encoded while the other is on its way
                 self._settle(under_way[place])
-                header, payload = places[place]
                 x, *_, examples = item
-                message = self.sender.message(*item)
-                if payload.numel() < message.nbytes:
-                    payload = torch.empty(message.nbytes, dtype=torch.uint8)
-                    places[place] = header, payload
-                message.write(header)
-                self.sender.write(x, payload[: message.nbytes], message, examples)
-                under_way[place] = self._start(header, payload[: message.nbytes])
-            for works in (*under_way, self._start(torch.full((WORDS,), _END), places[0][1][:0])):
+                message, room = self.sender.message(*item), frames.room()
+                buffers[place] = buffer = _large_enough(buffers[place], HEADER + max(room, message.nbytes))
+                message.write(buffer[:HEADER])
+                payload = buffer[HEADER : HEADER + message.nbytes]
+                self.sender.write(x, payload, message, examples)
+                parts = [buffer[: HEADER + room]] + ([payload] if message.nbytes not in (0, room) else [])
+                under_way[place] = [self._group.send([part], self._peer, 0) for part in parts]
+                frames.add(message)
+            last = torch.zeros(HEADER + frames.room(), dtype=torch.uint8)
+            Message.write_end(last[:HEADER])
+            for works in (*under_way, [self._group.send([last], self._peer, 0)]):
                 self._settle(works)
         except BaseException as error:
             self._fault = error
-
-    def _start(self, header: Tensor, payload: Tensor) -> list[Work]:
-        works = [self._group.send([header], self._peer, 0)]
-        return [*works, self._group.send([payload], self._peer, 0)] if payload.numel() else works
 
     def _settle(self, works: list[Work]) -> None:
         while works:
@@ -166,18 +187,28 @@ class Incoming:
         self._thread.join(_CLOSE_S)
 
     def _work(self) -> None:
-        header, room = torch.empty(WORDS, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
+        frames, buffers = Frames(), [torch.empty(HEADER, dtype=torch.uint8) for _ in range(2)]
         try:
+            room = frames.room()
+            coming = self._group.recv([buffers[0]], self._peer, 0)
             while True:
-                self._group.recv([header], self._peer, 0).wait(_IDLE)
-                if header[0] == _END:
+                coming.wait(_IDLE)
+                buffer = buffers[0]
+                message = Message.read(buffer[:HEADER])
+                if message is None:
                     raise SyncError("the other stage has ended")
-                message = Message.read(header)
-                if room.numel() < message.nbytes:
-                    room = torch.empty(message.nbytes, dtype=torch.uint8)
-                payload = room[: message.nbytes]
-                if message.nbytes:
+                payload = buffer[HEADER : HEADER + message.nbytes]
+                if message.nbytes not in (0, room):
+                    payload = torch.empty(message.nbytes, dtype=torch.uint8)
                     self._group.recv([payload], self._peer, 0).wait(_IDLE)
+                frames.add(message)
+                room = frames.room()
+                buffers = [_large_enough(buffers[1], HEADER + room), buffer]
+                coming = self._group.recv([buffers[0][: HEADER + room]], self._peer, 0)  # beside decoding this one
                 self._queue.put((*self._receiver.read(payload, message), message))
         except BaseException as error:  # belongs to the thread that waits
             self._queue.put(error)
+
+
+def _large_enough(buffer: Tensor, nbytes: int) -> Tensor:
+    return buffer if buffer.numel() >= nbytes else torch.empty(nbytes, dtype=torch.uint8)

@@ -25,8 +25,10 @@ from ..core.errors import SyncError, UnsupportedError
 from ..feedback import Feedback
 from ..feedback.examples import ExampleMemory
 
-WORDS = 16
-_FIXED = 7
+_WORDS = 16
+HEADER = 8 * _WORDS
+"""Bytes of a message's header."""
+_END = -1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NUMBER = 8
 
@@ -43,15 +45,23 @@ class Message(NamedTuple):
     dtype: torch.dtype
     shape: torch.Size
 
-    def write(self, words: Tensor) -> None:
-        """Fill a header: int64, shape (WORDS,)."""
+    def write(self, header: Tensor) -> None:
+        """Fill a header: uint8, shape (HEADER,)."""
         fixed = [*self[:3], int(self.training), *self[4:6], _DTYPES.index(self.dtype)]
-        words[: _FIXED + 1 + len(self.shape)] = torch.tensor([*fixed, len(self.shape), *self.shape])
+        words = [*fixed, len(self.shape), *self.shape]
+        header.view(torch.int64)[: len(words)] = torch.tensor(words)
+
+    @staticmethod
+    def write_end(header: Tensor) -> None:
+        """Fill a header that says that no message follows."""
+        header.view(torch.int64)[0] = _END
 
     @classmethod
-    def read(cls, words: Tensor) -> Message:
-        """Inverse of `write`."""
-        number, tensor, nbytes, training, examples, payloads, dtype, dims, *shape = words.tolist()
+    def read(cls, header: Tensor) -> Message | None:
+        """Inverse of `write`; None at the end."""
+        number, tensor, nbytes, training, examples, payloads, dtype, dims, *shape = header.view(torch.int64).tolist()
+        if number == _END:
+            return None
         return cls(number, tensor, nbytes, bool(training), examples, payloads, _DTYPES[dtype], torch.Size(shape[:dims]))
 
 
