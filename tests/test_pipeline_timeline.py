@@ -34,6 +34,13 @@ def test_one_micro_batch_goes_there_and_back():
     assert blocking(stages, [boundary], 1).step_s == pytest.approx(back + 2 + 0.5)
 
 
+def test_handling_delays_passes_by_half_and_messages_by_all_of_it():
+    stages, link = [StageTimes(1, 2), StageTimes(3, 4), StageTimes(5, 6)], Boundary(Message(0), Message(0), 0, 0)
+    plain, handled = (overlapped(stages, [link] * 2, 1, handling_s=each).step_s for each in (0.0, 0.2))
+    passes, messages = 2 * (0.1 + 0.2 + 0.1), 4 * 0.2  # the middle stage has two neighbours
+    assert handled == pytest.approx(plain + passes + messages)
+
+
 @pytest.mark.parametrize(("stages", "micro_batches"), SHAPES)
 def test_without_messages_it_is_the_pipelines_bubble(stages, micro_batches):
     """Equal stages: (micro-batches + stages - 1) times forward and backward, as in GPipe's and PipeDream's papers."""

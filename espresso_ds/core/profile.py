@@ -39,7 +39,9 @@ class TracedStage(Record):
     host: NonNegativeInt = Field(description="number of the host of its first replica")
     forward_s: Seconds
     backward_s: Seconds
-    after_s: Seconds = Field(description="the optimizer's step")
+    after_s: Seconds = Field(
+        description="from all passes to the next step: the optimizer, and what the script does between steps"
+    )
     tensors: NonNegativeInt = Field(description="how many of the trace's tensors it trains")
 
 

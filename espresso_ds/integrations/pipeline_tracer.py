@@ -31,7 +31,7 @@ from .tracer import STEPS_ENV, TRACE_ENV, WARM_UP
 
 @dataclass
 class _Seen:
-    """What one rank saw: seconds of passes and of the optimizer by step, seconds until gradients were ready in last backwards,
+    """What one rank saw: seconds of passes and of what follows them by step, seconds until gradients were ready in last backwards,
     elements of tensors that left."""
 
     forward_s: list[list[float]] = field(default_factory=list)
@@ -69,15 +69,41 @@ class _PipelineTracer:
             **given,
             schedule.ForwardPass: self._timed(given[schedule.ForwardPass], self._seen.forward_s),
             schedule.BackwardPass: self._timed(given[schedule.BackwardPass], self._seen.backward_s),
+            schedule.ReduceGrads: self._reducing(given[schedule.ReduceGrads]),
             schedule.SendActivation: self._counted(given[schedule.SendActivation], "forward", "outputs", lambda t: t),
             schedule.SendGrad: self._counted(given[schedule.SendGrad], "backward", "inputs", lambda t: t.grad),
-            schedule.OptimizerStep: self._last(given[schedule.OptimizerStep]),
         }
+        self._passed = 0.0
+        self._schedule, engine._exec_schedule = engine._exec_schedule, self._exec
         self._step_begins()
 
     def _step_begins(self) -> None:
         self._seen.forward_s.append([])
         self._seen.backward_s.append([])
+        self._reduced_s = 0.0
+
+    def _exec(self, schedule: Any) -> None:
+        """A training step: what has passed since the last one's passes ended was its after_s, but for synchronising replicas."""
+        if torch.is_grad_enabled() and self._passed:
+            self._seen.after_s.append(time.perf_counter() - self._passed - self._reduced_s)
+            self._seen.ready_s.append(dict(self._ready))
+            done, all_steps = len(self._seen.after_s), self._steps + WARM_UP
+            if dist.get_rank() == 0:
+                print()  # the script may have a progress bar of its own on this line
+                print_progress(done / all_steps, f"step {done} of {all_steps}")
+            if done >= all_steps:
+                self._finish()
+            self._step_begins()
+        self._schedule(schedule)
+
+    def _reducing(self, original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def instruction(engine: Any, *args: Any, **kwargs: Any) -> None:
+            start = time.perf_counter()
+            original(engine, *args, **kwargs)
+            self._reduced_s = time.perf_counter() - start
+
+        return instruction
 
     def _timed(self, original: Callable[..., None], into: list[list[float]]) -> Callable[..., None]:
         @functools.wraps(original)
@@ -85,7 +111,8 @@ class _PipelineTracer:
             start = self._backward_begun = time.perf_counter()
             original(engine, *args, **kwargs)
             if torch.is_grad_enabled():
-                into[-1].append(time.perf_counter() - start)
+                self._passed = time.perf_counter()
+                into[-1].append(self._passed - start)
 
         return instruction
 
@@ -101,23 +128,6 @@ class _PipelineTracer:
             self._seen.element_bytes = max((each.element_size() for each in floats), default=4)
             self._seen.examples = max((len(each) for each in floats if each.dim() > 1), default=1)
             original(engine, buffer_id)
-
-        return instruction
-
-    def _last(self, original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def instruction(engine: Any, *args: Any, **kwargs: Any) -> None:
-            start = time.perf_counter()
-            original(engine, *args, **kwargs)
-            self._seen.after_s.append(time.perf_counter() - start)
-            self._seen.ready_s.append(dict(self._ready))
-            done, all_steps = len(self._seen.after_s), self._steps + WARM_UP
-            if dist.get_rank() == 0:
-                print()  # the script may have a progress bar of its own on this line
-                print_progress(done / all_steps, f"step {done} of {all_steps}")
-            if done >= all_steps:
-                self._finish()
-            self._step_begins()
 
         return instruction
 
@@ -142,6 +152,8 @@ class _PipelineTracer:
         engine = self._engine
         hosts = list(dict.fromkeys(host for _, host, _, _ in ranks))
         stages, boundaries, tensors = [], [], []
+        # All stages go on together after the one that is done last, and only of that one what follows is no waiting.
+        after_s = min(statistics.median(each.after_s[WARM_UP:]) for _, _, each, _ in ranks)
         for stage in range(engine.num_stages):
             replicas = [each for each in ranks if each[0] == stage]
             seen = [each for _, _, each, _ in replicas]
@@ -152,7 +164,7 @@ class _PipelineTracer:
                     host=hosts.index(replicas[0][1]),
                     forward_s=max(_median(each.forward_s[WARM_UP:]) for each in seen),
                     backward_s=max(_median(each.backward_s[WARM_UP:]) for each in seen),
-                    after_s=max(statistics.median(each.after_s[WARM_UP:]) for each in seen),
+                    after_s=after_s,
                     tensors=len(own),
                 )
             )

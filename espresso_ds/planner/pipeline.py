@@ -69,8 +69,8 @@ class Pipeline:
             boundaries = [
                 each._replace(forward=Message(each.forward.nbytes), backward=Message(each.backward.nbytes)) for each in boundaries
             ]
-        contention = 0.0 if free else self.costs.contention
-        return overlapped(self.stages, boundaries, self.trace.micro_batches, contention=contention, synchronised_s=synchronised_s)
+        delays = {} if free else {"contention": self.costs.contention, "handling_s": self.costs.handling_s}
+        return overlapped(self.stages, boundaries, self.trace.micro_batches, synchronised_s=synchronised_s, **delays)
 
     def stock_s(self, synchronised_s: Sequence[float] = ()) -> float:
         """A step of DeepSpeed as it is."""

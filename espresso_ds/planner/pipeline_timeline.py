@@ -71,6 +71,7 @@ def overlapped(
     micro_batches: int,
     *,
     contention: float = 0.0,
+    handling_s: float = 0.0,
     synchronised_s: Sequence[float] = (),
 ) -> Played:
     """A step with the runtime's channels.
@@ -80,9 +81,11 @@ def overlapped(
         boundaries: one fewer.
         micro_batches: of a step.
         contention: seconds by which a second of codec work delays the passes of its stage.
+        handling_s: what each message takes whatever its size, in threads and calls: half of it delays a pass on each side, and all
+            of it passes until the tensor is there.
         synchronised_s: for each stage the seconds from its last backward until its gradients are synchronised; default: none.
     """
-    return _Play(stages, boundaries, micro_batches, contention, synchronised_s).run()
+    return _Play(stages, boundaries, micro_batches, contention, handling_s, synchronised_s).run()
 
 
 def blocking(stages: Sequence[StageTimes], boundaries: Sequence[Boundary], micro_batches: int) -> Played:
@@ -159,6 +162,7 @@ class _Play:
         boundaries: Sequence[Boundary],
         micro_batches: int,
         contention: float,
+        handling_s: float,
         synchronised_s: Sequence[float],
     ) -> None:
         count = len(stages)
@@ -171,7 +175,9 @@ class _Play:
         self._encoders = [{kind: _Server() for kind in "FB"} for _ in stages]
         self._cards = [_Server() for _ in stages]
         self._decoders = [{kind: _Server() for kind in "FB"} for _ in stages]
-        self._delay = [contention * self._codec_s(stage) / 2 for stage in range(count)]
+        self._handling_s = handling_s
+        sides = [min(stage, 1) + min(count - 1 - stage, 1) for stage in range(count)]
+        self._delay = [(contention * self._codec_s(stage) + handling_s * sides[stage]) / 2 for stage in range(count)]
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count()
         self._now = 0.0
@@ -224,7 +230,7 @@ class _Play:
             self._go_on(receiver)
 
         def decode() -> None:
-            self._serve(self._decoders[receiver][what[0]], message.decode_s, arrive)
+            self._serve(self._decoders[receiver][what[0]], message.decode_s, lambda: self._after(self._handling_s, arrive))
 
         def send() -> None:
             self._serve(self._cards[sender], boundary.transfer_s(message), decode)
