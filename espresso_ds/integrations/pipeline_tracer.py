@@ -31,8 +31,8 @@ from .tracer import STEPS_ENV, TRACE_ENV, WARM_UP
 
 @dataclass
 class _Seen:
-    """What one rank saw: seconds of passes and of what follows them by step, seconds until gradients were ready in last backwards,
-    elements of tensors that left."""
+    """What one rank saw: seconds of passes and of what follows them by step, seconds until gradients were ready in last backward
+    passes, elements of tensors that left."""
 
     forward_s: list[list[float]] = field(default_factory=list)
     backward_s: list[list[float]] = field(default_factory=list)
