@@ -81,8 +81,8 @@ def overlapped(
         boundaries: one fewer.
         micro_batches: of a step.
         contention: seconds by which a second of codec work delays the passes of its stage.
-        handling_s: what each message takes whatever its size, in threads and calls: half of it delays a pass on each side, and all
-            of it passes until the tensor is there.
+        handling_s: what each message takes whatever its size, in threads and calls: half of it delays a pass on each side, and
+            all of it passes until the tensor is there.
         synchronised_s: for each stage the seconds from its last backward until its gradients are synchronised; default: none.
     """
     return _Play(stages, boundaries, micro_batches, contention, handling_s, synchronised_s).run()
