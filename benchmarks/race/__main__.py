@@ -86,6 +86,7 @@ def race(model: str, shape: Shape, given: argparse.Namespace, workshop: Workshop
     )
     found = json.loads(losses.read_text()) if given.loss_steps else {}
     about = {"model": model, "nodes": shape.nodes, "ranks_per_node": shape.ranks_per_node, "machine": machine()}
+    about["codecs"] = given.codecs.split(",")
     for rate in rates:
         ours = {"espresso": found[f"espresso {rate}"]} if found else {}
         peers_losses = {name: loss for name, loss in found.items() if name in PEERS}

@@ -97,6 +97,7 @@ class CellResult(FileRecord):
     machine: dict[str, str | int | float]
     rounds: PositiveInt
     steps_per_turn: PositiveInt
+    codecs: tuple[str, ...] = Field((), description="offered to the planner; empty: EF-SignSGD, 4 and 8 bits, bf16")
     variants: dict[str, Variant]
     losses: dict[str, Losses] = Field(default_factory=dict)
 
