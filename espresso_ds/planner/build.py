@@ -108,19 +108,24 @@ def make_plan(
     )
     return Plan(
         made_by=made_by,
-        made_for=MadeFor(
-            nodes=cluster.nodes,
-            ranks_per_node=cluster.ranks_per_node,
-            model=trace.model_fingerprint,
-            config=trace.config,
-            cluster=cluster.kind,
-        ),
+        made_for=made_for(trace, cluster),
         profiles=fingerprints,
         compressors=tuple(codec.compressor for codec in compressors.codecs),
         predicted=predicted,
         tensors=tensors,
         step=step_prediction(units, trace, costs),
     ).sealed()
+
+
+def made_for(trace: ModelTrace, cluster: ClusterProfile) -> MadeFor:
+    """What a plan from these profiles holds for."""
+    return MadeFor(
+        nodes=cluster.nodes,
+        ranks_per_node=cluster.ranks_per_node,
+        model=trace.model_fingerprint,
+        config=trace.config,
+        cluster=cluster.kind,
+    )
 
 
 def make_menu(trace: ModelTrace, costs: Costs, constraints: Constraints = NO_CONSTRAINTS) -> Menu:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from ..core.config import EspressoBlock, PipelineSettings
 from ..core.errors import FileError, MismatchError
-from ..core.plan import MadeFor, PipelineDecision, Plan, Prediction, TensorDecision
+from ..core.plan import PipelineDecision, Plan, Prediction, TensorDecision
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
-from .build import WORTHWHILE, make_plan
+from .build import WORTHWHILE, made_for, make_plan
 from .cost import Costs
 from .pipeline import AS_IT_IS, Pair, Pipeline, best, candidates, pairs_of, reasons, settings_of
 
@@ -93,13 +93,7 @@ def make_pipeline_plan(
     fingerprints = {"trace": trace.fingerprint, "cluster": cluster.fingerprint, "compressors": compressors.fingerprint}
     return Plan(
         made_by=made_by,
-        made_for=MadeFor(
-            nodes=cluster.nodes,
-            ranks_per_node=cluster.ranks_per_node,
-            model=trace.model_fingerprint,
-            config=trace.config,
-            cluster=cluster.kind,
-        ),
+        made_for=made_for(trace, cluster),
         profiles=fingerprints | ({} if replicas is None else {"replicas": replicas.fingerprint}),
         compressors=tuple(codec.compressor for codec in compressors.codecs),
         predicted=predicted,
