@@ -130,6 +130,9 @@ def test_aqsgd_is_for_activations_and_has_a_limit_of_its_own():
     assert {each.backward.feedback for each in every if each.backward} <= {"none"}
     assert not any(each.forward.density for each in every if each.forward)
     assert found.example_memory == "8 bits"
+    assert PipelineSettings.model_validate(found.model_dump()) == found
+    with pytest.raises(EspressoError, match="is for the planner; write it into the codec"):
+        PipelineSettings.read({"feedback": "ef", "forward": {"name": "topk"}}, "block")
 
 
 @pytest.mark.parametrize("measured", [True, False])

@@ -103,6 +103,12 @@ class PipelineSettings(BoundarySettings):
     example_memory: Literal["float32", "bfloat16", "8 bits"] = Field("float32", description="how AQ-SGD keeps them")
     example_bytes: PositiveInt = Field(4 << 30, description="most memory of AQ-SGD for one direction on one rank")
 
+    @model_validator(mode="after")
+    def _one_who_decides(self) -> PipelineSettings:
+        if self.feedback != "none" and (self.forward is not None or self.boundaries):
+            raise ValueError(f'"feedback": "{self.feedback}" beside codecs is for the planner; write it into the codec')
+        return self
+
 
 class EspressoBlock(Record):
     """The block without its plan. `plan`, written by `espresso plan`, is kept raw here and read by `core.plan`."""

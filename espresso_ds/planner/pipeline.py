@@ -185,11 +185,11 @@ def best(pipeline: Pipeline, every: Sequence[Pair], worthwhile: float, thrift: f
 
 
 def settings_of(pairs: Sequence[Pair], given: PipelineSettings) -> PipelineSettings:
-    """Settings with these pairs; all else as given."""
+    """Settings with these pairs, which have their feedback; all else as given."""
     own = {boundary: BoundarySettings(forward=pair[0].settings, backward=pair[1].settings) for boundary, pair in enumerate(pairs)}
     alike = len(set(pairs)) == 1
     shared = own[0] if alike else BoundarySettings()
-    update = {"forward": shared.forward, "backward": shared.backward, "boundaries": {} if alike else own}
+    update = {"forward": shared.forward, "backward": shared.backward, "boundaries": {} if alike else own, "feedback": "none"}
     return given.model_copy(update=update)
 
 
