@@ -43,7 +43,7 @@ def test_stages_keep_the_shape_and_learn(name):
     stage = workload.stage()
     x, y = next(batches(name))
     assert x.shape == y.shape == workload.shape
-    assert x.numel() * x.element_size() == 262_144
+    assert x.numel() * x.element_size() == 1_048_576
     out = stage(x)
     assert out.shape == workload.shape
     out.pow(2).mean().backward()

@@ -46,7 +46,7 @@ class Workload(NamedTuple):
 
 
 MODELS: Mapping[str, Workload] = MappingProxyType(
-    {"text": Workload(TextStage, (8, 128, 64)), "image": Workload(ImageStage, (4, 16, 32, 32))}
+    {"text": Workload(TextStage, (32, 128, 64)), "image": Workload(ImageStage, (16, 16, 32, 32))}
 )
 
 
