@@ -157,13 +157,14 @@ class _PipelineTracer:
         for stage in range(engine.num_stages):
             replicas = [each for each in ranks if each[0] == stage]
             seen = [each for _, _, each, _ in replicas]
-            own = sorted(_tensors(seen, replicas[0][3]), key=lambda tensor: tensor.ready_s)
+            backward_s = max(_median(each.backward_s[WARM_UP:]) for each in seen)
+            own = sorted(_tensors(seen, replicas[0][3], backward_s), key=lambda tensor: tensor.ready_s)
             tensors += own
             stages.append(
                 TracedStage(
                     host=hosts.index(replicas[0][1]),
                     forward_s=max(_median(each.forward_s[WARM_UP:]) for each in seen),
-                    backward_s=max(_median(each.backward_s[WARM_UP:]) for each in seen),
+                    backward_s=backward_s,
                     after_s=after_s,
                     tensors=len(own),
                 )
@@ -198,12 +199,12 @@ class _PipelineTracer:
         )
 
 
-def _tensors(seen: list[_Seen], parameters: list[tuple[str, tuple[int, ...], str]]) -> list[TracedTensor]:
-    """A stage's gradients: of each step the slowest replica counts, as all wait for it."""
+def _tensors(seen: list[_Seen], parameters: list[tuple[str, tuple[int, ...], str]], backward_s: float) -> list[TracedTensor]:
+    """A stage's gradients, ready within `backward_s`: of each step the slowest replica counts, as all wait for it."""
     found = []
     for name, shape, dtype in parameters:
         by_step = zip(*(each.ready_s[WARM_UP:] for each in seen), strict=True)
-        ready_s = statistics.median(max(ready.get(name, 0.0) for ready in step) for step in by_step)
+        ready_s = min(backward_s, statistics.median(max(ready.get(name, 0.0) for ready in step) for step in by_step))
         numel = torch.Size(shape).numel()
         found.append(TracedTensor(name=name, shape=shape, dtype=dtype, numel=numel, ready_s=ready_s))
     return found
