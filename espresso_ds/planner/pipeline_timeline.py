@@ -212,11 +212,9 @@ class _Play:
 
         def done() -> None:
             self._busy[stage] = False
-            if kind == "F" and stage == len(self._stages) - 1:
-                pass
-            elif kind == "F":
+            if kind == "F" and stage < len(self._stages) - 1:
                 self._cross(stage, stage + 1, self._boundaries[stage], self._boundaries[stage].forward, (kind, m))
-            elif stage > 0:
+            elif kind == "B" and stage > 0:
                 self._cross(stage, stage - 1, self._boundaries[stage - 1], self._boundaries[stage - 1].backward, (kind, m))
             if kind == "B" and m == self._last:
                 self._ends[stage] = begun, self._now

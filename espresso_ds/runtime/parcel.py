@@ -153,7 +153,7 @@ class Sender:
         Raises:
             SyncError: AQ-SGD has no numbers, or shared indices no activations.
         """
-        way, nbytes, payloads = self.way, 0, 1
+        way, payloads = self.way, 1
         if way.examples is not None and training:
             numbers = _numbers(way, x, examples)
             self._known = way.examples.known(index, numbers)
