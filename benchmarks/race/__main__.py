@@ -18,7 +18,7 @@ from pathlib import Path
 from ..machine import machine
 from . import report
 from .prepare import CRIPPLED_NAMES, ROOT, Shape, Workshop, run_race
-from .results import CellResult
+from .results import OURS, REPLANNED, CellResult
 from .variants import PEERS
 
 RESULTS = ROOT / "benchmarks/results/race"
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--thrift", type=float, default=0.01)
     parser.add_argument("--budget-s", type=float, default=90.0, help="seconds of turns for each cell (default: %(default)s)")
     parser.add_argument("--least-rounds", type=int, default=3)
+    parser.add_argument("--scout-steps", type=int, default=12, help="that a plan is made anew from before the race; 0: none")
     parser.add_argument("--loss-steps", type=int, default=60, help="0: no losses")
     parser.add_argument("--loss-peers", help="comma-separated; default: all that race")
     parser.add_argument("--seeds", default="0")
@@ -75,12 +76,21 @@ def race(model: str, shape: Shape, given: argparse.Namespace, workshop: Workshop
         model,
         shape,
         peers=peers,
-        ours=["espresso"],
+        ours=[OURS, REPLANNED],
         steps_per_turn=2,
         least_rounds=given.least_rounds,
         most_rounds=9,
         budget_s=given.budget_s,
-        cells=[{"rate": rate, "plans": plans[rate], "out": str(parts[rate])} for rate in rates],
+        cells=[
+            {
+                "rate": rate,
+                "plans": plans[rate],
+                "scout_steps": given.scout_steps,
+                "replan": workshop.replanning(model, shape, rate, plans[rate][OURS], f"{model}-{shape}-{rate}"),
+                "out": str(parts[rate]),
+            }
+            for rate in rates
+        ],
         losses=wanted_losses if given.loss_steps else None,
         loss_peers=[name for name in (given.loss_peers.split(",") if given.loss_peers else peers) if PEERS[name] != "bound"],
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from .results import BOUND, CAST_HOOKS, OURS, PLAIN, CellResult
+from .results import BOUND, CAST_HOOKS, OURS, PLAIN, REPLANNED, CellResult
 
 AGAINST_PLAIN: Mapping[str, float] = MappingProxyType({"100mbit": 8.0, "200mbit": 4.5, "1gbit": 2.0})
 AGAINST_CASTS: Mapping[str, float] = MappingProxyType({"100mbit": 3.5, "200mbit": 2.0, "1gbit": 1.05})
@@ -26,6 +26,7 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "loss": "loss below that peer's",
         "bound": "above compute only",
         "predicted": "predicted / measured",
+        "replanned": "replanned from a run: predicted / measured",
     }
 )
 
@@ -71,10 +72,12 @@ def checks(cells: Sequence[CellResult]) -> list[Check]:
     found = [check for cell in cells for check in _of_cell(cell)]
     over = [above_bound(cell) for cell in cells if cell.shaped]
     off = [off_prediction(cell) for cell in cells]
+    off_again = [off_prediction(cell, REPLANNED) for cell in cells]
     return [
         *found,
         _median_and_worst("bound", over, "shaped cells"),
         _median_and_worst("predicted", off, "cells"),
+        _median_and_worst("replanned", off_again, "cells"),
     ]
 
 
@@ -89,6 +92,8 @@ def _of_cell(cell: CellResult) -> Iterable[Check]:
         yield _loss(cell, peer)
         yield _at_most("bound", cell, above_bound(cell))
     yield _at_most("predicted", cell, off_prediction(cell))
+    if REPLANNED in cell.variants:
+        yield _at_most("replanned", cell, off_prediction(cell, REPLANNED))
 
 
 def _at_least(bar: str, cell: CellResult, ratio: float | None, least: float) -> Check:

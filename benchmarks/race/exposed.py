@@ -14,13 +14,18 @@ from espresso_ds.runtime.trace import run_trace
 Interval = tuple[float, float]
 
 
-def of(attachment: Any, steps: int) -> dict[str, float]:
-    """Medians over the last steps, at most `steps`: seconds after backward that this rank waits for codecs, and for links.
+def recorded(attachment: Any, rank: int, steps: int) -> RunTrace:
+    """What a rank recorded of its last steps, at most `steps`."""
+    run = run_trace(attachment.recorder, attachment.plan, rank=rank, device="cpu", made_by="benchmarks.race")
+    return run.model_copy(update={"steps": run.steps[-steps:]})
+
+
+def of(run: RunTrace) -> dict[str, float]:
+    """Medians over a run's steps: seconds after backward that its rank waits for codecs, and for links.
 
     Compression is exposed while a codec or a copy works and no link does; the rest of the wait is communication's.
     """
-    run = run_trace(attachment.recorder, attachment.plan, rank=0, device="cpu", made_by="benchmarks.race")
-    found = [split(run, step) for step in run.steps[-steps:]]
+    found = [split(run, step) for step in run.steps]
     compression, communication = (statistics.median(seconds) for seconds in zip(*found, strict=True))
     return {"exposed_compression_s": round(compression, 6), "exposed_communication_s": round(communication, 6)}
 

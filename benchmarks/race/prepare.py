@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from espresso_ds.core.config import EspressoBlock
 from espresso_ds.core.plan import Plan, save_plan_file
@@ -79,9 +79,18 @@ class Workshop:
         for name in wanted:
             out = self.folder / f"plan-{model}-{shape}-{rate}-{name.replace(' ', '-')}.json"
             plan = self._plan(name, trace, cluster, compressors)
-            save_plan_file(out, ds_config(MODELS[model]), EspressoBlock(), plan)
+            save_plan_file(out, ds_config(MODELS[model]), EspressoBlock(thrift=self.thrift), plan)
             found[name] = str(out)
         return found
+
+    def replanning(self, model: str, shape: Shape, made_for: str, plan: str, name: str) -> dict[str, Any]:
+        """How `espresso replan` mends a plan from a run that is called `name`: traces of the ranks, command, new plan."""
+        traces = [str(self.folder / f"run-{name}-{rank}.json") for rank in range(shape.nodes * shape.ranks_per_node)]
+        out = str(self.folder / f"replanned-{name}.json")
+        words = [sys.executable, "-m", "espresso_ds.cli", "replan", plan, "--run", *traces, "-o", out]
+        words += ["--trace", str(self.trace(model, shape)), "--cluster", str(self.cluster(shape, made_for))]
+        words += ["--compressors", str(self.compressors(shape))]
+        return {"traces": traces, "command": words, "plan": out}
 
     def _plan(self, name: str, trace: ModelTrace, cluster: ClusterProfile, compressors: CompressorProfile) -> Plan:
         search = None

@@ -27,6 +27,7 @@ import espresso_ds.integrations.boot  # noqa: F401 - before DeepSpeed, which the
 
 from . import exposed
 from .models import MODELS
+from .results import OURS, REPLANNED
 from .variants import PEERS, Training, free_gradients, make
 
 PORT = 29619
@@ -79,14 +80,19 @@ class Race:
             measured.cpu_s.append((_cpu_s() - cpu) / steps)
             measured.sent.append((sent_bytes() - sent) / steps)
 
-    def at_rate(self, rate: str, plans: dict[str, str], say: Any) -> dict[str, Any]:
-        """Race the peers and these plans at one rate; the same result on every rank."""
+    def at_rate(self, cell: dict[str, Any], say: Any) -> dict[str, Any]:
+        """Race the peers and a cell's plans at its rate; the same result on every rank."""
+        rate = cell["rate"]
         shape_links("none", self.rank)
         for name in [name for name in self.trainings if name not in PEERS]:
             self.trainings.pop(name).close()
-        for name, plan in plans.items():
+        for name, plan in cell["plans"].items():
             self.build(name, plan)
         shape_links(rate, self.rank)
+        if cell.get("scout_steps") and self.replanned(cell["scout_steps"], cell["replan"], say):
+            shape_links("none", self.rank)
+            self.build(REPLANNED, cell["replan"]["plan"])
+            shape_links(rate, self.rank)
         measured = {name: Measured() for name in self.trainings}
         expected = {}
         for name in measured:  # once, to learn how long steps are here
@@ -107,6 +113,21 @@ class Race:
         found = {name: self.summary(name, each) for name, each in measured.items()}
         return {"rounds": rounds, "steps_per_turn": self.job["steps_per_turn"], "variants": found}
 
+    def replanned(self, steps: int, how: dict[str, Any], say: Any) -> bool:
+        """Take steps under the first plan, and make another from what all ranks recorded; whether there is one."""
+        self.train(OURS, steps + 1)
+        run = exposed.recorded(self.trainings[OURS].engine.espresso, self.rank, steps)
+        run.save(Path(how["traces"][self.rank]))
+        dist.barrier()
+        made = [False]
+        if self.rank == 0:
+            Path(how["plan"]).unlink(missing_ok=True)
+            done = subprocess.run(how["command"], capture_output=True, text=True, timeout=600)
+            made[0] = done.returncode == 0
+            say((done.stdout if made[0] else f"not replanned: {done.stderr[-500:]}").strip())
+        dist.broadcast_object_list(made)
+        return made[0]
+
     def turn(self, step_s: float) -> tuple[int, int]:
         """Steps to warm up and timed ones of a turn, for steps that take about `step_s`."""
         return (0, 1) if step_s > LONG_S else (1, max(self.job["steps_per_turn"], min(MOST_TIMED, round(TIMED_S / step_s))))
@@ -124,7 +145,8 @@ class Race:
         }
         if hasattr(engine, "espresso"):
             predicted = engine.espresso.plan.predicted
-            result |= {"predicted_s": predicted.planned_s, **exposed.of(engine.espresso, len(measured.step_s))}
+            run = exposed.recorded(engine.espresso, self.rank, len(measured.step_s))
+            result |= {"predicted_s": predicted.planned_s, **exposed.of(run)}
         return result
 
     def losses(self, plans: dict[str, str], steps: int, seeds: list[int], say: Any) -> dict[str, Any]:
@@ -192,7 +214,7 @@ def main() -> None:
         race.build(name, None)
         say(f"{name} built")
     for cell in job["cells"]:
-        result = race.at_rate(cell["rate"], cell["plans"], say)
+        result = race.at_rate(cell, say)
         if rank == 0:
             Path(cell["out"]).write_text(json.dumps(result))
     for training in race.trainings.values():

@@ -18,10 +18,10 @@ from pathlib import Path
 from ..machine import machine
 from .__main__ import CODECS
 from .prepare import ROOT, Shape, Workshop, emulate, mpirun, run_race
-from .results import BOUND, OURS, CellResult, in_order
+from .results import BOUND, OURS, REPLANNED, CellResult, in_order
 
 RESULTS = ROOT / "benchmarks/results/replan"
-STALE, REPLANNED, FRESH = OURS, "espresso replanned", "espresso profiled there"
+STALE, FRESH = OURS, "espresso profiled there"
 TRACED_STEPS = 40
 
 
@@ -53,18 +53,14 @@ def at_rate(rate: str, given: argparse.Namespace, workshop: Workshop) -> CellRes
     stale = workshop.plans(model, shape, given.made_for, [OURS])[OURS]
     fresh = workshop.plans(model, shape, rate, [OURS])[OURS]
     name = f"{model}-{shape}-{given.made_for}-at-{rate}"
-    traces = str(workshop.folder / f"run-{name}-{{rank}}.json")
+    replanning = workshop.replanning(model, shape, given.made_for, stale, name)
+    traces = replanning["traces"][0].removesuffix("0.json") + "{rank}.json"
     settings = {"ESPRESSO_CONFIG": stale, "ESPRESSO_TRACE_RUN": traces, "ESPRESSO_GUARD": "0"}
     script = (sys.executable, "benchmarks/race/train.py", "--model", model, "--steps", str(TRACED_STEPS))
     emulate(shape, rate, *mpirun(shape, settings), *script)
-    runs = [traces.format(rank=rank) for rank in range(shape.nodes * shape.ranks_per_node)]
-    replanned = str(workshop.folder / f"replanned-{name}.json")
-    words = ["espresso", "replan", stale, "--run", *runs, "-o", replanned]
-    words += ["--trace", str(workshop.trace(model, shape)), "--cluster", str(workshop.cluster(shape, given.made_for))]
-    words += ["--compressors", str(workshop.compressors(shape))]
-    subprocess.run(words, check=True, timeout=600, cwd=ROOT)
+    subprocess.run(replanning["command"], check=True, timeout=600, cwd=ROOT)
     part = workshop.folder / f"part-{name}.json"
-    plans = {STALE: stale, REPLANNED: replanned, FRESH: fresh}
+    plans = {STALE: stale, REPLANNED: replanning["plan"], FRESH: fresh}
     run_race(
         workshop.folder / f"job-{name}.json",
         model,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from . import pictures as drawing
 from .bars import TITLES, Check, above_bound, checks, loss, off_prediction, speed_up
-from .results import BOUND, CAST_HOOKS, OURS, PLAIN, CellResult, Variant, in_order, load_cells
+from .results import BOUND, CAST_HOOKS, OURS, PLAIN, REPLANNED, CellResult, Variant, in_order, load_cells
 
 Column = tuple[str, Callable[[CellResult, str], str]]
 
@@ -212,6 +212,8 @@ _CELL_COLUMNS: tuple[tuple[str, Callable[[CellResult], str]], ...] = (
     ("fastest peer / planned", lambda cell: _ratio(speed_up(cell, cell.fastest()))),
     ("above compute only", lambda cell: _share(above_bound(cell))),
     ("predicted off by", lambda cell: _share(off_prediction(cell))),
+    ("replanned, s", lambda cell: _seconds(cell.step_s(REPLANNED))),
+    ("predicted off by, replanned", lambda cell: _share(off_prediction(cell, REPLANNED))),
     ("MB sent, plain and planned", lambda cell: f"{_sent(cell, PLAIN)}, {_sent(cell, OURS)}"),
     ("loss, planned and fastest peer", _losses),
 )

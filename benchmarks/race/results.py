@@ -22,6 +22,9 @@ CAST_HOOKS = ("ddp fp16", "ddp bf16")
 OURS = "espresso"
 """The plan that the bars are about; others of ours stand beside it in tables."""
 
+REPLANNED = "espresso replanned"
+"""Made by `espresso replan` from some steps of the first, so its predicted step is that of profiles fitted to a run."""
+
 UNSHAPED = "none"
 _BITS: Mapping[str, float] = MappingProxyType({"kbit": 1e3, "mbit": 1e6, "gbit": 1e9})
 

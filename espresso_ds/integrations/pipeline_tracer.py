@@ -9,7 +9,6 @@ import functools
 import os
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,14 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.errors import EspressoError
 from ..core.profile import ModelTrace, PipelineTrace, TracedBoundary, TracedStage, TracedTensor
-from ..core.progress import print_progress
-from ..runtime.agree import Agreement
 from .engine_facts import dtype_name, layout, timing_config
 from .pipeline import check_boundaries
 from .stage_facts import untied
-from .tracer import STEPS_ENV, TRACE_ENV, WARM_UP
+from .tracing import WARM_UP, Tracing
 
 
 @dataclass
@@ -45,19 +41,14 @@ class _Seen:
 
 def attach_pipeline_tracer(engine: Any) -> None:
     """Time `engine`'s next steps. Collective. Raises UnsupportedError on every rank where its boundaries cannot be compressed."""
-    group = dist.new_group(backend="gloo")
-    agreement = Agreement(group)
-    with agreement.collecting():
-        check_boundaries(engine)
-    agreement.settle()
-    _PipelineTracer(engine, group, int(os.environ.get(STEPS_ENV, "8")))
+    _PipelineTracer(engine, Tracing(lambda: check_boundaries(engine)))
 
 
 class _PipelineTracer:
-    def __init__(self, engine: Any, group: dist.ProcessGroup, steps: int) -> None:
+    def __init__(self, engine: Any, tracing: Tracing) -> None:
         from deepspeed.runtime.pipe import schedule
 
-        self._engine, self._group, self._steps = engine, group, steps
+        self._engine, self._tracing = engine, tracing
         self._ranks_per_node = layout().ranks_per_node
         self._parameters = untied(engine)
         self._seen, self._backward_begun = _Seen(), 0.0
@@ -87,12 +78,9 @@ class _PipelineTracer:
         if torch.is_grad_enabled() and self._passed:
             self._seen.after_s.append(time.perf_counter() - self._passed - self._reduced_s)
             self._seen.ready_s.append(dict(self._ready))
-            done, all_steps = len(self._seen.after_s), self._steps + WARM_UP
-            if dist.get_rank() == 0:
-                print()  # the script may have a progress bar of its own on this line
-                print_progress(done / all_steps, f"step {done} of {all_steps}")
-            if done >= all_steps:
-                self._finish()
+            if self._tracing.was_last(len(self._seen.after_s)):
+                tensors = [(name, tuple(p.shape), dtype_name(p.dtype)) for name, p in self._parameters.items()]
+                self._tracing.end((self._engine.stage_id, socket.gethostname(), self._seen, tensors), self._trace)
             self._step_begins()
         self._schedule(schedule)
 
@@ -134,20 +122,6 @@ class _PipelineTracer:
     def _is_ready(self, name: str, _: torch.nn.Parameter) -> None:
         self._ready[name] = time.perf_counter() - self._backward_begun  # the last micro-batch's stays
 
-    def _finish(self) -> None:
-        tensors = [(name, tuple(p.shape), dtype_name(p.dtype)) for name, p in self._parameters.items()]
-        own = (self._engine.stage_id, socket.gethostname(), self._seen, tensors)
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, own, group=self._group)
-        if dist.get_rank() == 0:
-            try:
-                self._trace(ranks).save(os.environ[TRACE_ENV])
-            except (EspressoError, OSError) as error:
-                print(f"espresso: {error}", file=sys.stderr, flush=True)
-                sys.exit(1)
-        dist.barrier(group=self._group)
-        sys.exit(0)
-
     def _trace(self, ranks: list[tuple[int, str, _Seen, list[tuple[str, tuple[int, ...], str]]]]) -> ModelTrace:
         engine = self._engine
         hosts = list(dict.fromkeys(host for _, host, _, _ in ranks))
@@ -188,7 +162,7 @@ class _PipelineTracer:
             ranks_per_node=self._ranks_per_node,
             threads=torch.get_num_threads(),
             cores=len(os.sched_getaffinity(0)),
-            steps=self._steps,
+            steps=self._tracing.steps,
             config=timing_config(engine),
             wire_dtype=dtype_name(engine.communication_data_type),
             forward_s=passes * (slowest.forward_s + slowest.backward_s) - slowest.backward_s,
