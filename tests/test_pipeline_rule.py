@@ -1,12 +1,14 @@
 """What a run is told about a checkpoint whose model was trained with other activations than it sends."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from espresso_ds.core.config import PipelineSettings
 from espresso_ds.integrations import pipeline_checkpoint
-from espresso_ds.integrations.pipeline_checkpoint import RULE, keeps_only_some, warn_of_other_rule, warn_when_loading
+from espresso_ds.integrations.pipeline_checkpoint import RULE, carry_rule, keeps_only_some, warn_of_other_rule
 
 TOPK = PipelineSettings.model_validate({"forward": {"name": "topk", "density": 0.1}})
 OWN = PipelineSettings.model_validate({"boundaries": {1: {"forward": {"name": "topk", "density": 0.1}}}})
@@ -50,18 +52,34 @@ def test_a_checkpoint_without_a_rule_says_nothing_and_a_torn_one_is_named(tmp_pa
     assert RULE in said[0]
 
 
-def test_an_engine_without_us_warns_when_it_loads(tmp_path, said):
-    class Engine:
-        def load_checkpoint(self, folder, tag=None):
-            return (None if tag == "gone" else str(tmp_path / "mp_rank_00_model_states.pt")), {}
+class Weights:
+    """What a PipelineModule has to save and load with."""
 
-    (tmp_path / RULE).write_text(json.dumps(TOPK.model_dump(mode="json", exclude_none=True)))
-    engine = Engine()
-    warn_when_loading(engine)
-    assert engine.load_checkpoint("x", tag="gone") == (None, {})
-    assert said == []
-    engine.load_checkpoint("x")
-    assert len(said) == 1
+    def save_state_dict(self, save_dir, checkpoint_engine, exclude_frozen_params=False):
+        (Path(save_dir) / "layer_00-model_states.pt").touch()
+
+    def load_state_dir(self, load_dir, checkpoint_engine, strict=True):
+        assert (Path(load_dir) / "layer_00-model_states.pt").exists()
+
+
+@pytest.mark.parametrize(("run", "warnings"), [(None, 1), (BITS, 1), (TOPK, 0)])
+def test_exported_weights_carry_the_rule(tmp_path, said, monkeypatch, run, warnings):
+    """`save_state_dict` is DeepSpeed's way to save a PipelineModule without its engine's state."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    trained, other = Weights(), Weights()
+    carry_rule(trained, TOPK)
+    carry_rule(other, run)
+    trained.save_state_dict(str(tmp_path), checkpoint_engine=None)
+    other.load_state_dir(load_dir=str(tmp_path), strict=True, checkpoint_engine=None)
+    assert len(said) == warnings
+
+
+def test_weights_without_compression_carry_none(tmp_path, said):
+    plain = Weights()
+    carry_rule(plain, None)
+    plain.save_state_dict(tmp_path, None)
+    plain.load_state_dir(tmp_path, None)
+    assert (said, [path.name for path in tmp_path.iterdir()]) == ([], ["layer_00-model_states.pt"])
 
 
 def test_what_keeps_only_some():

@@ -132,7 +132,7 @@ def _with_plan(initialize: Callable[..., Any]) -> Callable[..., Any]:
 def _warned(made: Any) -> Any:
     """An engine of pipeline stages without us tells when it loads a model that was trained with compressed activations."""
     if getattr(made[0], "pipeline_parallelism", False):
-        from .pipeline_checkpoint import warn_when_loading
+        from .pipeline_checkpoint import carry_rule
 
-        warn_when_loading(made[0])
+        carry_rule(made[0].module, None)
     return made

@@ -1,8 +1,8 @@
 """Checkpoints of a PipelineEngine with compressed boundaries: what they remember, and the rule that the model was trained with.
 
 Beside DeepSpeed's files in the folder of the tag: `espresso_pipeline.json`, the "pipeline" settings, and for each rank
-`espresso_pipeline_rank0.pt` with the memory of its sides of the boundaries. They are written before DeepSpeed's, which names the
-checkpoint the latest one when all else is there.
+`espresso_pipeline_rank0.pt` with the memory of its sides of the boundaries. Both are there before DeepSpeed names the
+checkpoint the latest one. The settings go with the weights, also where `save_state_dict` of the PipelineModule saves these alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .guarding import tell
 
 RULE = "espresso_pipeline.json"
 _MEMORY = "espresso_pipeline_rank{}.pt"
+_OF_WEIGHTS = ("save_state_dict", "load_state_dir")
 
 
 class Remembers(Protocol):
@@ -57,12 +58,14 @@ class Checkpoints:
         self._save, self._load = engine.save_checkpoint, engine.load_checkpoint
         engine.save_checkpoint = self._saving
         engine.load_checkpoint = self._loading
+        carry_rule(engine.module, settings)
 
     def detach(self) -> None:
         """Give the engine its own methods back, and let go of the group, whose threads must not outlive the interpreter."""
         self._group = None
-        for name in ("save_checkpoint", "load_checkpoint"):
-            vars(self._engine).pop(name, None)
+        for owner, names in ((self._engine, ("save_checkpoint", "load_checkpoint")), (self._engine.module, _OF_WEIGHTS)):
+            for name in names:
+                vars(owner).pop(name, None)
 
     def _saving(self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         folder = Path(save_dir) / str(f"global_step{self._engine.global_steps}" if tag is None else tag)
@@ -72,8 +75,6 @@ class Checkpoints:
                 torch.save(self._memory.state_dict(), folder / _MEMORY.format(dist.get_rank()))
             except (OSError, RuntimeError) as error:
                 raise FileError(f"{folder}: cannot write what boundaries remember: {error}") from None
-            if dist.get_rank() == 0:
-                write_json(folder / RULE, self._settings.model_dump(mode="json", exclude_none=True))
         return self._save(save_dir, tag, *args, **kwargs)
 
     def _loading(self, load_dir: str, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +82,6 @@ class Checkpoints:
         if result[0] is None:
             return result
         folder = Path(result[0]).parent
-        warn_of_other_rule(folder, self._settings)
         whole = not kwargs.get("load_module_only") and kwargs.get("load_optimizer_states", True)
         path = folder / _MEMORY.format(dist.get_rank())
         told = [False] * dist.get_world_size()
@@ -145,15 +145,20 @@ def _forward(settings: PipelineSettings) -> object:
     return shared, {boundary: ways.of_boundary(settings, boundary).forward for boundary in settings.boundaries}
 
 
-def warn_when_loading(engine: Any) -> None:
-    """Let an engine without compressed boundaries tell when it loads a model that was trained with them."""
-    load = engine.load_checkpoint
+def carry_rule(module: Any, settings: PipelineSettings | None) -> None:
+    """Let a PipelineModule's weights carry the rule they were trained with, in checkpoints and in exports, and tell when it loads
+    others; with None, for boundaries that are not compressed, the latter alone."""
+    save, load = module.save_state_dict, module.load_state_dir
+
+    @functools.wraps(save)
+    def saving(save_dir: str, *args: Any, **kwargs: Any) -> None:
+        save(save_dir, *args, **kwargs)
+        if settings is not None and dist.get_rank() == 0:
+            write_json(Path(save_dir) / RULE, settings.model_dump(mode="json", exclude_none=True))
 
     @functools.wraps(load)
-    def loading(*args: Any, **kwargs: Any) -> Any:
-        result = load(*args, **kwargs)
-        if result[0] is not None:
-            warn_of_other_rule(Path(result[0]).parent, None)
-        return result
+    def loading(load_dir: str, *args: Any, **kwargs: Any) -> None:
+        load(load_dir, *args, **kwargs)
+        warn_of_other_rule(Path(load_dir), settings)
 
-    engine.load_checkpoint = loading
+    module.save_state_dict, module.load_state_dir = saving, loading
