@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import ClassVar
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
-from espresso_ds.core.record import FileRecord, Record
+from espresso_ds.core.record import FileRecord
+
+from ..timed import TimedSteps
 
 PLAIN, BF16, OURS = "deepspeed", "deepspeed, bf16 on the wire", "planned"
 
 
-class Variant(Record):
+class Variant(TimedSteps):
     """One way to train.
 
     Attributes:
-        step_s: seconds of each timed step, of the slowest stage.
         sent_bytes: bytes of a step that left the busiest host, by its interface's counter, median.
-        predicted_s: the timeline's step.
     """
 
-    step_s: list[PositiveFloat] = Field(min_length=1)
     sent_bytes: NonNegativeFloat
-    predicted_s: PositiveFloat | None = None
-
-    @property
-    def median_s(self) -> float:
-        """Median step."""
-        return statistics.median(self.step_s)
 
 
 class CellResult(FileRecord):

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
 
 from espresso_ds.core.errors import FileError
 from espresso_ds.core.people import people_bit_per_s
 from espresso_ds.core.record import FileRecord, Record
+
+from ..timed import TimedSteps
 
 BOUND = "compute only"
 PLAIN = "deepspeed fp32"
@@ -37,33 +39,24 @@ Loss = Annotated[float | None, BeforeValidator(_finite)]
 """A held-out loss; None: training diverged."""
 
 
-class Variant(Record):
+class Variant(TimedSteps):
     """One way to train, timed.
 
     Attributes:
         kind: the bound (no synchronisation), a peer, a plan of ours, or a plan from a search that lacks something.
-        step_s: seconds of each timed step, of the slowest rank.
         cpu_s: CPU seconds of all ranks together for a step, by turn.
         sent_bytes: a host's bytes for a step by its interface's counter, median.
-        predicted_s: the plan's step time.
         exposed_communication_s: of a step, waiting for links after backward; measured from a plan's spans.
         exposed_compression_s: of a step, waiting for codecs after backward while no link works.
         note: what a reader of the figures should know.
     """
 
     kind: Literal["bound", "peer", "ours", "crippled"]
-    step_s: list[PositiveFloat] = Field(min_length=1)
     cpu_s: list[NonNegativeFloat] | None = None
     sent_bytes: NonNegativeFloat | None = None
-    predicted_s: PositiveFloat | None = None
     exposed_communication_s: NonNegativeFloat | None = None
     exposed_compression_s: NonNegativeFloat | None = None
     note: str = ""
-
-    @property
-    def median_s(self) -> float:
-        """Median step."""
-        return statistics.median(self.step_s)
 
     @property
     def quartiles_s(self) -> tuple[float, float]:
