@@ -190,6 +190,21 @@ def test_a_refit_explains_the_run_and_replanning_is_no_loss(world, seed, marked)
     assert true_step(new.plan, truth) <= 1.02 * old_s
 
 
+def test_ranks_that_are_late_in_turns_make_every_step_long():
+    """As ranks that share cores are: the early one's backward ends early, all else when the late one lets it."""
+    profiles = profiles_of(3)
+    plan, truth = planned(profiles), World(speed=1.3).of(profiles)
+    late, quick = spans_of(plan, truth), spans_of(plan, profiles)
+    own = {Mark.READY, Mark.SUBMITTED, Mark.BACKWARD}
+    early = [mine if mine.action in own else shared for mine, shared in zip(quick, late, strict=True)]
+    begins = next(span.end_s for span in early if span.action == Mark.BACKWARD)
+    early = [span._replace(start_s=begins) if span.action == Mark.FLUSH else span for span in early]
+    steps = [[early if (step + rank) % 2 else late for step in range(8)] for rank in range(2)]
+    found = refit(plan, profiles, {str(rank): trace_file(plan, steps[rank], rank) for rank in range(2)}, "plan.json")
+    assert true_step(plan, found.profiles) == pytest.approx(true_step(plan, truth), rel=0.01)
+    assert abs(found.record.unexplained) < 0.01
+
+
 def codec_and_link_s(plan, profiles):
     """Seconds of encoding, decoding and routines of the whole plan, undisturbed."""
     found = dict.fromkeys(("C", "D", "link"), 0.0)

@@ -64,7 +64,7 @@ def refit(plan: Plan, profiles: Profiles, runs: Mapping[str, RunTrace], plan_nam
     model = Model.of(plan, profiles)
     seconds = model.seconds()
     work = [[served(run, step, seconds) for step in run.steps] for run in found.runs]
-    compute, others = fit_compute(found, work[found.slowest], *model)
+    compute, others = fit_compute(found, [work[rank][number] for number, rank in enumerate(found.slowest)], *model)
     best = _Fit.of(plan, profiles, found, work, model, compute)
     again = plan.model_copy(update={"step": step_prediction(*Model.of(plan, best.profiles))})
     before, after = (compare(version, found.run, plan_name, "the run") for version in (plan, again))

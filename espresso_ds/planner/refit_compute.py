@@ -61,7 +61,7 @@ def fit_compute(
 
     Args:
         found: the run.
-        work: of each step of its slowest rank.
+        work: of each step, on the rank that was slowest in it.
         units: the plan's.
         trace: tensors in the order on the wire.
         costs: as they were thought to be.

@@ -26,17 +26,19 @@ UNSTEADY = 0.3
 class Evidence:
     """The ranks' traces of one run, by rank, with the steps that count; equally many, of the same numbers, on each.
 
-    `slowest`: index of the rank whose backward ends last in the median. `notes` are for people.
+    `slowest`: of each step, the index of the rank whose backward ended last; ranks that share cores take turns. `notes` are for
+    people.
     """
 
     runs: tuple[RunTrace, ...]
-    slowest: int
+    slowest: tuple[int, ...]
     notes: tuple[str, ...]
 
     @property
     def run(self) -> RunTrace:
-        """The slowest rank's trace: all others wait for it."""
-        return self.runs[self.slowest]
+        """Each step as its slowest rank saw it: all others waited for that one."""
+        steps = tuple(self.runs[rank].steps[number] for number, rank in enumerate(self.slowest))
+        return self.runs[self.slowest[0]].model_copy(update={"steps": steps})
 
     @property
     def steps(self) -> list[tuple[RunStep, ...]]:
@@ -96,10 +98,8 @@ def evidence(plan: Plan, runs: Mapping[str, RunTrace], plan_name: str) -> Eviden
             f"{len(found)} of {plan.made_for.world_size} ranks' traces: what these waited for the others counts as time of the "
             f"link; record all with {TRACE_ENV}=run-{{rank}}.json"
         )
-    slowest = max(
-        range(len(found)), key=lambda rank: statistics.median(step.whole(Mark.FLUSH).start_s for step in found[rank].steps)
-    )
-    return Evidence(found, slowest, tuple(notes))
+    ends = ([step.whole(Mark.FLUSH).start_s for step in run.steps] for run in found)
+    return Evidence(found, tuple(of_step.index(max(of_step)) for of_step in zip(*ends, strict=True)), tuple(notes))
 
 
 def undisturbed(seconds: Mapping[int, float]) -> tuple[list[int], list[int]]:
