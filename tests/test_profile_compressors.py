@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from espresso_ds.core.option import Device
 from espresso_ds.core.profile import CompressorProfile
 from espresso_ds.profiler import compressors
 from espresso_ds.profiler.compressors import geometric_sizes, measure_contention, nondecreasing, profile_compressors
+from espresso_ds.profiler.crowding import crowding, in_the_mean
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +81,10 @@ def test_contention_of_ranks_that_keep_step():
 
 def test_a_codec_that_fails_in_the_background_is_heard(monkeypatch):
     class Failing(type(make(CompressorSettings(name="identity")))):
-        def decode_add(self, payload, out, seed):
+        def decode_sum(self, rows, out, seed):
             if threading.current_thread() is not threading.main_thread():
                 raise ArithmeticError("from the background")
-            super().decode_add(payload, out, seed)
+            super().decode_sum(rows, out, seed)
 
     before = torch.get_num_threads()
     with pytest.raises(ArithmeticError, match="from the background"):
@@ -114,6 +116,28 @@ def test_sizes():
 
 def test_disturbed_times_are_lowered():
     assert nondecreasing((1.0, 9.0, 3.0, 2.0, 4.0)) == (1.0, 2.0, 2.0, 2.0, 4.0)
+
+
+def test_short_calls_of_ranks_that_take_turns_count_in_the_mean():
+    """Calls of 1 ms, of which every fourth waits 4 ms for another rank: 2 ms in the mean."""
+    now, calls = [0.0], itertools.count(1)
+
+    def call():
+        now[0] += 0.005 if next(calls) % 4 == 0 else 0.001
+
+    assert crowding(call, 0.2, lambda: now[0]) == pytest.approx(2.0, rel=0.02)
+    numel, medians = (100, 1000, 4000, 16000), (0.2, 1.0, 5.0, 40.0)
+    assert in_the_mean(numel, medians, 2.0, 1000) == (0.2, 2.0, 8.0, 40.0), "a call's own overhead once, long calls saw it all"
+    assert in_the_mean(numel, medians, 1.0, 1000) == medians
+
+
+def test_a_disturbed_call_is_no_crowd():
+    now, calls = [0.0], itertools.count(1)
+
+    def call():
+        now[0] += 0.02 if next(calls) == 50 else 0.001
+
+    assert crowding(call, 0.2, lambda: now[0]) == 1.0
 
 
 def test_what_cannot_be_profiled():

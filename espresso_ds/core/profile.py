@@ -234,7 +234,7 @@ class CodecTimes(Record):
     numel: tuple[Numel, ...]
     payload_nbytes: tuple[Nbytes, ...]
     encode_s: tuple[PositiveSeconds, ...]
-    decode_s: tuple[PositiveSeconds, ...] = Field(description="decode one payload and add it to the sum")
+    decode_s: tuple[PositiveSeconds, ...] = Field(description="decode one payload of a sum of two")
     contention: Seconds = Field(
         description="seconds by which one second of codec work delays the computing that runs at the same time"
     )
