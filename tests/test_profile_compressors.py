@@ -125,7 +125,7 @@ def test_short_calls_of_ranks_that_take_turns_count_in_the_mean():
     def call():
         now[0] += 0.005 if next(calls) % 4 == 0 else 0.001
 
-    assert crowding(call, 0.2, lambda: now[0]) == pytest.approx(2.0, rel=0.02)
+    assert crowding(call, 0.2, lambda: now[0]) == pytest.approx(1.9, rel=0.02), "without the longest of 32"
     numel, medians = (100, 1000, 4000, 16000), (0.2, 1.0, 5.0, 40.0)
     assert in_the_mean(numel, medians, 2.0, 1000) == (0.2, 2.0, 8.0, 40.0), "a call's own overhead once, long calls saw it all"
     assert in_the_mean(numel, medians, 1.0, 1000) == medians
@@ -135,7 +135,7 @@ def test_a_disturbed_call_is_no_crowd():
     now, calls = [0.0], itertools.count(1)
 
     def call():
-        now[0] += 0.02 if next(calls) == 50 else 0.001
+        now[0] += 0.3 if next(calls) == 2 else 0.001
 
     assert crowding(call, 0.2, lambda: now[0]) == 1.0
 

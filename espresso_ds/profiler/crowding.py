@@ -6,12 +6,15 @@ but one of many waits for all of them. So the median is that of a core of one's 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 CROWDED = 1.25
 """Means this many times the median and above are no disturbance."""
+FEWEST, LEFT_OUT = 64, 1 / 32
+"""Calls at least, and the share of them, the longest, that does not count: turns on a core are frequent, a pause is not."""
 
 
 def crowding(call: Callable[[], None], seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -21,12 +24,13 @@ def crowding(call: Callable[[], None], seconds: float, clock: Callable[[], float
     """
     taken, start = [], clock()
     end = start
-    while end - start < seconds:
+    while end - start < seconds or len(taken) < FEWEST:
         before = end
         call()
         end = clock()
         taken.append(end - before)
-    found = statistics.fmean(taken) / statistics.median(taken)
+    counted = sorted(taken)[: len(taken) - math.ceil(len(taken) * LEFT_OUT)]
+    found = statistics.fmean(counted) / statistics.median(counted)
     return found if found >= CROWDED else 1.0
 
 
