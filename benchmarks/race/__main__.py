@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--thrift", type=float, default=0.01)
     parser.add_argument("--budget-s", type=float, default=90.0, help="seconds of turns for each cell (default: %(default)s)")
     parser.add_argument("--least-rounds", type=int, default=3)
-    parser.add_argument("--scout-steps", type=int, default=12, help="that a plan is made anew from before the race; 0: none")
+    parser.add_argument("--scout-steps", type=int, default=12, help="to plan again from, before a cell is raced; 0: none")
     parser.add_argument("--loss-steps", type=int, default=60, help="0: no losses")
     parser.add_argument("--loss-peers", help="comma-separated; default: all that race")
     parser.add_argument("--seeds", default="0")

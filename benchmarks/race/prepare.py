@@ -84,10 +84,11 @@ class Workshop:
         return found
 
     def replanning(self, model: str, shape: Shape, made_for: str, plan: str, name: str) -> dict[str, Any]:
-        """How `espresso replan` mends a plan from a run that is called `name`: traces of the ranks, command, new plan."""
-        traces = [str(self.folder / f"run-{name}-{rank}.json") for rank in range(shape.nodes * shape.ranks_per_node)]
+        """How `espresso replan` mends a plan from a run that is called `name`: traces by `{rank}`, command, new plan."""
+        traces = str(self.folder / f"run-{name}-{{rank}}.json")
+        runs = [traces.format(rank=rank) for rank in range(shape.nodes * shape.ranks_per_node)]
         out = str(self.folder / f"replanned-{name}.json")
-        words = [sys.executable, "-m", "espresso_ds.cli", "replan", plan, "--run", *traces, "-o", out]
+        words = [sys.executable, "-m", "espresso_ds.cli", "replan", plan, "--run", *runs, "-o", out]
         words += ["--trace", str(self.trace(model, shape)), "--cluster", str(self.cluster(shape, made_for))]
         words += ["--compressors", str(self.compressors(shape))]
         return {"traces": traces, "command": words, "plan": out}

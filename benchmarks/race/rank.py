@@ -117,7 +117,7 @@ class Race:
         """Take steps under the first plan, and make another from what all ranks recorded; whether there is one."""
         self.train(OURS, steps + 1)
         run = exposed.recorded(self.trainings[OURS].engine.espresso, self.rank, steps)
-        run.save(Path(how["traces"][self.rank]))
+        run.save(Path(how["traces"].format(rank=self.rank)))
         dist.barrier()
         made = [False]
         if self.rank == 0:

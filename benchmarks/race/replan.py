@@ -54,8 +54,7 @@ def at_rate(rate: str, given: argparse.Namespace, workshop: Workshop) -> CellRes
     fresh = workshop.plans(model, shape, rate, [OURS])[OURS]
     name = f"{model}-{shape}-{given.made_for}-at-{rate}"
     replanning = workshop.replanning(model, shape, given.made_for, stale, name)
-    traces = replanning["traces"][0].removesuffix("0.json") + "{rank}.json"
-    settings = {"ESPRESSO_CONFIG": stale, "ESPRESSO_TRACE_RUN": traces, "ESPRESSO_GUARD": "0"}
+    settings = {"ESPRESSO_CONFIG": stale, "ESPRESSO_TRACE_RUN": replanning["traces"], "ESPRESSO_GUARD": "0"}
     script = (sys.executable, "benchmarks/race/train.py", "--model", model, "--steps", str(TRACED_STEPS))
     emulate(shape, rate, *mpirun(shape, settings), *script)
     subprocess.run(replanning["command"], check=True, timeout=600, cwd=ROOT)
