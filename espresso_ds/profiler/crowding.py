@@ -22,8 +22,8 @@ def crowding(call: Callable[[], None], seconds: float, clock: Callable[[], float
 
     2 where two take turns on a core; 1 for less than `CROWDED`. A call must be shorter than a scheduler's slice, 3 ms or so.
     """
-    taken, start = [], clock()
-    end = start
+    taken: list[float] = []
+    start = end = clock()
     while end - start < seconds or len(taken) < FEWEST:
         before = end
         call()
