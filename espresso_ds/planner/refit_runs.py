@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from ..core.errors import FileError, MismatchError, UnsupportedError
@@ -34,7 +35,7 @@ class Evidence:
     slowest: tuple[int, ...]
     notes: tuple[str, ...]
 
-    @property
+    @cached_property
     def run(self) -> RunTrace:
         """Each step as its slowest rank saw it: all others waited for that one."""
         steps = tuple(self.runs[rank].steps[number] for number, rank in enumerate(self.slowest))
