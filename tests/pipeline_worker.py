@@ -23,6 +23,7 @@ COARSE = {"name": "quantize", "bits": 2}
 AQSGD = {**COARSE, "feedback": "aqsgd"}
 POSITIONS = {"examples": "position", "example_memory": "8 bits"}
 IDENTITY = {"name": "identity"}
+ZERO1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
 class Plain(torch.nn.Module):
@@ -174,16 +175,18 @@ def main():
         for name, block in (("as it is", {}), ("identity", {"forward": IDENTITY, "backward": IDENTITY})):
             told["equal"][f"{micro_batches} micro-batches, {name}"] = stock, trained(block=block, **case)
     told["equal"]["bf16"] = [trained(stages, bf16={"enabled": True}, block=block) for block in (None, {})]
+    told["equal"]["ZeRO 1"] = [trained(stages, **ZERO1, block=block) for block in (None, {"forward": IDENTITY})]
     told["equal"]["checkpointed"] = [trained(stages, block=block, checkpointed=1) for block in (None, {"forward": IDENTITY})]
     told["equal"]["two tensors"] = [trained(stages, Two, block=block) for block in (None, {})]
     told["equal"]["uneven micro-batches"] = [trained(stages, uneven=True, block=block) for block in (None, {"forward": IDENTITY})]
     told["equal"]["mask behind"] = [trained(stages, Masked, block=block) for block in (None, {"forward": IDENTITY})]
     told["equal"]["ids in front"] = [trained(stages, WithIds, block=block) for block in ({}, {"forward": IDENTITY})]
+    both = {"forward": BITS, "backward": BITS}
     if dist.get_world_size() == 2 * stages:
         blocks = (None, {}, {"forward": IDENTITY, "backward": IDENTITY})
         stock, *ours = [trained(stages, partitioned=True, block=block) for block in blocks]
         told["equal"] |= {f"partitioned {number}": [stock, each] for number, each in enumerate(ours)}
-    both = {"forward": BITS, "backward": BITS}
+        told["partitioned"] = {"none": stock, "8 bits": trained(stages, partitioned=True, block=both)}
     told["compressed"] = {
         "none": trained(stages),
         "8 bits": trained(stages, block=both),

@@ -169,7 +169,8 @@ def test_an_mpi_of_another_launcher_stops_every_rank_with_both_names(tmp_path, l
     if not program.exists():
         pytest.skip("no Open MPI here")
     more = [] if launcher == "mpich" else ["--host", "localhost:2"]
-    done = jobs.run([program, *more, "-n", 2, *RANK], cwd=tmp_path, PYTHONPATH=str(jobs.ROOT), **other)
+    lingering = ["sh", "-c", '"$@"; code=$?; sleep 5; exit $code', "sh"]  # launchers kill the others once one has ended
+    done = jobs.run([program, *more, "-n", 2, *lingering, *RANK], cwd=tmp_path, PYTHONPATH=str(jobs.ROOT), **other)
     assert done.returncode != 0
     started, used = ("Hydra's mpiexec", "Open MPI v") if launcher == "mpich" else ("Open MPI's mpirun", "MPICH Version")
     for rank in (0, 1):

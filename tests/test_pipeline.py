@@ -53,6 +53,15 @@ def test_compressed_boundaries_train_alike_on_all_ranks(told):
         assert first[case] == pytest.approx(first["none"], rel=0.02)
 
 
+def test_halves_of_activations_are_compressed(told):
+    """Two ranks of a stage hold half of what crosses each."""
+    found = [rank["partitioned"] for rank in told if "partitioned" in rank]
+    assert len(found) == (4 if len(told) == 2 * told[0]["stages"] else 0)
+    for each in found:
+        assert each["8 bits"] != each["none"]
+        assert each["8 bits"] == pytest.approx(each["none"], rel=0.02)
+
+
 def test_compressed_boundaries_learn(told):
     """One batch over and over: the loss of training falls about as far as without compression."""
     gains = {case: losses[0] - losses[-2] for case, losses in told[0]["learnt"].items()}

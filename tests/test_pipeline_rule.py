@@ -8,12 +8,17 @@ import torch.distributed as dist
 
 from espresso_ds.core.config import PipelineSettings
 from espresso_ds.integrations import pipeline_checkpoint
-from espresso_ds.integrations.pipeline_checkpoint import RULE, carry_rule, keeps_only_some, warn_of_other_rule
+from espresso_ds.integrations.pipeline_checkpoint import RULE, carry_rule, keeps_only_some, warn_of_evaluation, warn_of_other_rule
 
 TOPK = PipelineSettings.model_validate({"forward": {"name": "topk", "density": 0.1}})
 OWN = PipelineSettings.model_validate({"boundaries": {1: {"forward": {"name": "topk", "density": 0.1}}}})
 BITS = PipelineSettings.model_validate({"forward": {"name": "quantize", "bits": 4}})
 NONE = PipelineSettings()
+AQSGD = {"forward": {"name": "quantize", "bits": 2, "feedback": "aqsgd"}}
+
+
+def with_memory(mode, **given):
+    return PipelineSettings.model_validate({"forward": {"name": "topk", "density": 0.1, "feedback": mode}, **given})
 
 
 @pytest.fixture
@@ -41,6 +46,25 @@ def said(monkeypatch):
 def test_rule_of_a_checkpoint(tmp_path, said, trained, run, words):
     (tmp_path / RULE).write_text(json.dumps(trained.model_dump(mode="json", exclude_none=True)))
     warn_of_other_rule(tmp_path, run)
+    assert [words in line for line in said] == ([] if words is None else [True])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (TOPK, None),
+        (TOPK.model_copy(update={"evaluation": "uncompressed"}), "learnt to do without the rest"),
+        (BITS.model_copy(update={"evaluation": "uncompressed"}), None),
+        (PipelineSettings.model_validate(AQSGD), "remembers examples of training alone"),
+        (PipelineSettings.model_validate({"boundaries": {1: AQSGD}}), "remembers examples of training alone"),
+        (PipelineSettings.model_validate({**AQSGD, "evaluation": "uncompressed"}), None),
+        (with_memory("ef21", evaluation="uncompressed"), None),
+        (with_memory("aqsgd", evaluation="uncompressed"), None),
+        (NONE, None),
+    ],
+)
+def test_evaluation_that_training_has_not_prepared_for_is_named_at_start(said, given, words):
+    warn_of_evaluation(given)
     assert [words in line for line in said] == ([] if words is None else [True])
 
 

@@ -30,7 +30,7 @@ from ..runtime.parcel import Way
 from ..runtime.ways import Direction, Ways
 from .example_numbers import ExampleNumbers
 from .guarding import tell
-from .pipeline_checkpoint import Checkpoints, keeps_only_some
+from .pipeline_checkpoint import Checkpoints, warn_of_evaluation
 from .plan_source import PIPELINE_BESIDE_PLAN, named_by_env
 
 MEETING_S = 60.0
@@ -98,11 +98,7 @@ def compress_boundaries(
     """Attach what `ways_of` found for these settings, and say so. Collective over all ranks; see `PipelineAttachment`."""
     attached = PipelineAttachment(engine, found, settings, numbers, timeout_s, group)
     tell("; ".join(["pipeline boundaries compressed", *(f"{way.label}: {way.kind}" for way in found.values())]))
-    if settings.evaluation == "uncompressed" and (strong := keeps_only_some(settings)):
-        tell(
-            f'warning: "evaluation": "uncompressed", but a model that is trained with {strong} has learnt to do without '
-            "the rest of its activations, and is usually worse with them"
-        )
+    warn_of_evaluation(settings)
     return attached
 
 

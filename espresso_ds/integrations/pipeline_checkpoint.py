@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ..core.config import PipelineSettings
+from ..core.config import CompressorSettings, PipelineSettings
 from ..core.errors import EspressoError, FileError
 from ..core.record import load_json, write_json
 from ..runtime import ways
@@ -110,9 +110,34 @@ class Checkpoints:
 
 
 def keeps_only_some(settings: PipelineSettings) -> str | None:
-    """The forward codec that sends only some activations, for people; None where all are sent."""
-    every = [settings, *settings.boundaries.values()]
-    return next((each.forward.label for each in every if each.forward is not None and each.forward.density is not None), None)
+    """The forward codec that sends only some activations and forgets the others, for people; None where there is none.
+
+    With memory (EF, EF21, AQ-SGD) a model learns from the others as well, and is nearly as good with all of them.
+    """
+    every = _of_activations(settings)
+    return next((codec.label for codec in every if codec.density is not None and codec.feedback in (None, "none")), None)
+
+
+def _of_activations(settings: PipelineSettings) -> Iterator[CompressorSettings]:
+    for each in (settings, *settings.boundaries.values()):
+        if each.forward is not None:
+            yield each.forward
+
+
+def warn_of_evaluation(settings: PipelineSettings) -> None:
+    """Say so at the start of a run whose model will be evaluated with activations it has not learnt from."""
+    strong = keeps_only_some(settings)
+    if settings.evaluation == "uncompressed" and strong:
+        tell(
+            f'warning: "evaluation": "uncompressed", but a model that is trained with {strong} has learnt to do without '
+            "the rest of its activations, and is usually worse with them"
+        )
+    remembering = next((codec.label for codec in _of_activations(settings) if codec.feedback == "aqsgd"), None)
+    if settings.evaluation == "as trained" and remembering:
+        tell(
+            f'warning: "evaluation": "as trained", but {remembering} remembers examples of training alone: others are sent '
+            'without memory, and the model is usually worse than it was trained; set "evaluation": "uncompressed"'
+        )
 
 
 def warn_of_other_rule(folder: Path, settings: PipelineSettings | None) -> None:
