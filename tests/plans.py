@@ -54,12 +54,22 @@ def decisions(named, option, codecs=1, fuse=1, dtype="float32", first=0) -> list
 
 
 def staged_plan(
-    stages, micro_batches, settings, config, *, nodes=1, ranks=4, option="AR.flat", compressors=(IDENTITY,), fuse=1
+    stages,
+    micro_batches,
+    settings,
+    config,
+    *,
+    nodes=1,
+    ranks=4,
+    option="AR.flat",
+    compressors=(IDENTITY,),
+    fuse=1,
+    dtype="float32",
 ) -> Plan:
     """A sealed plan for a pipeline: `stages` lists the (name, shape) of each stage's parameters."""
     found: list[TensorDecision] = []
     for named in stages:
-        found += decisions(named[::-1], option, len(compressors), fuse, first=found[-1].unit + 1 if found else 0)
+        found += decisions(named[::-1], option, len(compressors), fuse, dtype, first=found[-1].unit + 1 if found else 0)
     return Plan(
         made_by="tests",
         made_for=MadeFor(nodes=nodes, ranks_per_node=ranks // nodes, model="", config=config),

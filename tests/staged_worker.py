@@ -17,7 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from pipeline_worker import BATCH, BITS, IDENTITY, TOPK, WIDTH, Plain, Two, batches, loss
+from pipeline_worker import BATCH, BITS, IDENTITY, TOPK, WIDTH, ZERO1, Plain, Two, batches, loss
 from plans import plan_for, staged_plan, with_plan
 
 from espresso_ds.core.config import CompressorSettings, GuardSettings, PipelineSettings
@@ -32,7 +32,7 @@ GATHERED, DIVIDED = "C.cpu AG.flat D.cpu", "C.cpu A2A.flat D.cpu C.cpu AG.flat D
 EIGHT_BITS = CompressorSettings(name="quantize", bits=8, feedback="ef", seed=3)
 SIGNS = CompressorSettings(name="efsignsgd")
 BF16 = {"bf16": {"enabled": True}}
-ZERO1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 class Tied(torch.nn.Module):
@@ -73,16 +73,39 @@ def engine_for(config, kind=Plain, checkpointed=0):
     return deepspeed.initialize(model=module, config=config)[0]
 
 
+@contextlib.contextmanager
+def passing_engine(config, **model):
+    """An engine, and nothing of it afterwards: DeepSpeed leaves its groups, and with hundreds of them all gets slow."""
+    before = set(groups())
+    engine = engine_for(config, **model)
+    yield engine
+    if hasattr(engine, "espresso"):
+        vars(engine).pop("espresso").detach()
+    engine.destroy()
+    dist.barrier()
+    for group in groups():
+        if group not in before:
+            dist.destroy_process_group(group)
+
+
+def groups():
+    """All that this rank is a member of, in the order in which they were made."""
+    return list(dist.distributed_c10d._world.pg_map)
+
+
 def bare_engine(config, **model):
     """As it is without a plan, to ask it what a plan must say."""
-    engine = engine_for({key: value for key, value in config.items() if key != BLOCK}, **model)
+    with passing_engine({key: value for key, value in config.items() if key != BLOCK}, **model) as engine:
+        return asked(engine)
+
+
+def asked(engine):
+    """The (name, shape) of each stage's parameters that a plan decides for, and what it must be made for."""
     mine = [(name, tuple(p.shape)) for name, p in engine.module.named_parameters() if not name.startswith("tied_modules.")]
     told = [None] * dist.get_world_size()
     dist.all_gather_object(told, (engine.stage_id, mine))
     stages = [next(named for stage, named in told if stage == number) for number in range(STAGES)]
-    facts = timing_config(engine)
-    engine.destroy()
-    return stages, facts
+    return stages, timing_config(engine)
 
 
 def planned(config, settings=None, boundaries_only=False, model=None, guard=False, **plan):
@@ -91,13 +114,18 @@ def planned(config, settings=None, boundaries_only=False, model=None, guard=Fals
     if boundaries_only:
         stages = [[] for _ in stages]
     settings, micro_batches = PipelineSettings(**(settings or {})), config["gradient_accumulation_steps"]
-    made = staged_plan(stages, micro_batches, settings, facts, ranks=RANKS, **plan)
+    dtype = "bfloat16" if "bf16" in config else "float32"
+    made = staged_plan(stages, micro_batches, settings, facts, ranks=RANKS, dtype=dtype, **plan)
     return with_plan(config, made, timeout_s=60, guard=GuardSettings(enabled=guard))
 
 
 def trained(config, steps=STEPS, again=False, **model):
     """Losses, hashes of all weights and of tied ones, and how many gradients were ready early. `again`: on the same batch."""
-    engine = engine_for(config, **model)
+    with passing_engine(config, **model) as engine:
+        return results(engine, "bf16" in config, steps, again)
+
+
+def results(engine, half, steps, again):
     attached = getattr(engine, "espresso", None)
     ready = []
     if getattr(attached, "gradients", None) is not None:
@@ -105,7 +133,7 @@ def trained(config, steps=STEPS, again=False, **model):
         original = own.ready
         own.ready = lambda name: (ready.append(name), original(name))
     replica, micro_batches = engine.grid.get_data_parallel_id(), engine.micro_batches
-    dtype = torch.bfloat16 if "bf16" in config else torch.float32
+    dtype = torch.bfloat16 if half else torch.float32
     losses = []
     for step in range(steps):
         losses.append(engine.train_batch(batches(micro_batches, replica if again else 10 * step + replica, dtype)).item())
@@ -116,7 +144,6 @@ def trained(config, steps=STEPS, again=False, **model):
     if attached is not None:
         vars(engine).pop("espresso").detach()
         told["left"] = [name for name in ("_INSTRUCTION_MAP", "_exec_schedule", "_take_model_step") if name in vars(engine)]
-    engine.destroy()
     return told
 
 
@@ -189,8 +216,17 @@ def equal():
         "tied": (config_for(3), {"kind": Tied}, {"fuse": 2}),
         "nothing but a tied copy": (config_for(2), {"kind": Alone}, {}),
         "lossless boundaries": (config_for(2), {}, {"settings": {"forward": IDENTITY, "backward": IDENTITY}}),
-        "ZeRO 1": (config_for(2, **ZERO1), {}, {"boundaries_only": True}),
-        "ZeRO 1, bf16": (config_for(2, **ZERO1, **BF16), {}, {"boundaries_only": True}),
+        "bf16": (config_for(3, **BF16), {}, {"fuse": 3}),
+        "bf16, each alone": (config_for(2, **BF16), {}, {}),
+        "bf16, added at once": (config_for(2, bf16={"enabled": True, "immediate_grad_update": True}), {}, {"fuse": 2}),
+        "bf16, clipping": (config_for(2, gradient_clipping=0.1, **BF16), {}, {"option": "RS.flat AG.flat", "fuse": 5}),
+        "bf16, checkpointed": (config_for(2, **BF16), {"checkpointed": 1}, {}),
+        "bf16, two tensors": (config_for(2, **BF16), {"kind": Two}, {}),
+        "bf16, tied": (config_for(3, **BF16), {"kind": Tied}, {"fuse": 2}),
+        "ZeRO 1, bf16, fp32 sums": (config_for(3, **ZERO1, **BF16, **SUMS), {}, {"fuse": 3}),
+        "ZeRO 1, bf16, fp32 sums, tied": (config_for(2, **ZERO1, **BF16, **SUMS), {"kind": Tied}, {}),
+        "ZeRO 1, boundaries": (config_for(2, **ZERO1), {}, {"boundaries_only": True}),
+        "ZeRO 1, bf16, boundaries": (config_for(2, **ZERO1, **BF16), {}, {"boundaries_only": True}),
         "boundaries only, tied": (config_for(2), {"kind": Tied}, {"boundaries_only": True}),
     }
     found = {}
@@ -209,7 +245,7 @@ def equal():
 def compressed(folder):
     """What is compressed both ways at once."""
     both = {"forward": {**TOPK, "feedback": "ef21"}, "backward": BITS}
-    few, config = dict(steps=12, again=True), config_for(2)
+    few, config, half = dict(steps=12, again=True), config_for(2), config_for(2, **BF16, **ZERO1, **SUMS)
     bits = {"option": GATHERED, "compressors": (EIGHT_BITS,), "fuse": 2, "settings": both}
     signs = {"option": GATHERED, "compressors": (SIGNS,), "settings": both}
     tied = {"kind": Tied}
@@ -218,6 +254,8 @@ def compressed(folder):
         "8 bits": trained(planned(config, **bits), **few),
         "8 bits, by the launcher": by_launcher(folder, planned(config, **bits), **few),
         "signs": trained(planned(config, **signs), **few),
+        "bf16, none": trained(half, **few),
+        "bf16, 8 bits": trained(planned(half, **bits), **few),
         "tied, none": trained(config, **few, **tied),
         "tied, 8 bits": trained(planned(config, model=tied, **bits), **few, **tied),
     }
@@ -237,7 +275,7 @@ def failures(folder):
     flat = plan_for(torch.nn.Linear(4, 4), facts, ranks=RANKS)
     renamed = plan.tensors[0].model_copy(update={"name": "9.weight"})
     gradients = {"tensors": plan.tensors, "pipeline": {"tensors": plan.pipeline.tensors}}
-    bf16, zero = config_for(2, **BF16), config_for(2, **ZERO1)
+    zero, half = config_for(2, **ZERO1), config_for(2, **ZERO1, **BF16)
     tell = {
         "plan without stages": failure(trained, with_plan(config, flat)),
         "stages": failure(trained, changed(good, pipeline={"stages": 4, "tensors": (len(plan.tensors), 0, 0, 0)})),
@@ -245,8 +283,8 @@ def failures(folder):
         "replicas": failure(trained, changed(good, made_for=plan.made_for.model_copy(update={"ranks_per_node": 2 * RANKS}))),
         "tensors of another stage": failure(trained, changed(good, pipeline={"tensors": (1, len(plan.tensors) - 1)})),
         "another tensor": failure(trained, changed(good, tensors=(renamed, *plan.tensors[1:]))),
-        "bf16": failure(trained, changed(planned(bf16, boundaries_only=True), **gradients)),
         "ZeRO 1": failure(trained, changed(planned(zero, boundaries_only=True), **gradients)),
+        "ZeRO 1, bf16": failure(trained, changed(planned(half, boundaries_only=True), **gradients)),
         "pipeline beside the plan": failure(trained, {**good, BLOCK: {**good[BLOCK], "pipeline": {}}}),
         "pipeline beside the launcher's plan": failure(by_launcher, folder, good, {"pipeline": {}}),
         "boundary": failure(trained, planned(config, {"boundaries": {"1": {"forward": TOPK}}})),

@@ -21,6 +21,7 @@ from espresso_ds.profiler.crowding import crowding, in_the_mean
 @pytest.fixture(autouse=True)
 def _short_phases(monkeypatch):
     monkeypatch.setattr(compressors, "_PHASE_S", 0.02)
+    monkeypatch.setattr(compressors, "_CONTENTION_PHASE_S", 0.02)
     monkeypatch.setattr(compressors, "_POOL", 1 << 18)
 
 
@@ -98,8 +99,9 @@ def test_a_codec_that_fails_in_the_background_is_heard(monkeypatch):
     ids=["take turns on one core", "a fifth", "less than alone is noise"],
 )
 def test_contention_is_delay_per_second_of_codec_work(monkeypatch, together, calls, expected):
-    """Computing takes 0.4 s alone; a call takes calls[0] alone and calls[1] beside computing."""
-    times, per_call = iter((0.4, together, 0.4)), iter(calls)
+    """Computing takes 0.4 s alone; a call takes calls[0] alone and calls[1] beside computing, in the round in the middle."""
+    rounds = [(9.0, 0.4), (0.1, 0.4), (together, 0.4)]  # the host stood still in the first one, beside; in the second, alone
+    times, per_call = (seconds for each in rounds for seconds in (0.4, *each)), iter(3 * calls)
     monkeypatch.setattr(compressors, "calibrate", lambda device, seconds: 1)
     monkeypatch.setattr(compressors, "multiply", lambda products, device: next(times))
     monkeypatch.setattr(compressors, "_repeat", lambda call, device, enough: (10, next(per_call)))

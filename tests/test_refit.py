@@ -242,6 +242,15 @@ def test_contentions_are_told_apart_where_units_differ_in_what_disturbs_them():
     assert codec.encode_s == profiles.compressors.codecs[0].devices[0].encode_s
 
 
+def test_contention_measured_while_a_host_stood_still_is_corrected():
+    world = World(contention=1.1, link_contention=0.35)
+    truth = world.of(profiles_of(3, tensors=40, bytes_per_s=8e6))
+    told = profiles_of(3, tensors=40, bytes_per_s=8e6, link_contention=43.0)
+    plan = planned(told, uncompressed=True)
+    found = refit(plan, told, run_in(plan, truth), "plan.json")
+    assert 0 <= found.profiles.cluster.contention < 43.0
+
+
 def test_a_run_that_goes_as_predicted_changes_nothing():
     profiles = profiles_of(1)
     plan = planned(profiles)

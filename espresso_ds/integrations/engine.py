@@ -42,6 +42,7 @@ from ..runtime.synchroniser import Member, Scaling, Synchroniser
 from ..runtime.trace import Recorder, run_trace, wanted_path
 from .engine_facts import Layout, check_cluster, check_made_for, check_supported, cluster_kind, layout, timing_config, trainable
 from .guarding import Guarding, guard_wanted, tell
+from .optimizer_gradients import OptimizerGradients
 from .plan_source import PIPELINE_BESIDE_PLAN, Source
 from .settling import precision_of, settle_after_steps
 
@@ -159,7 +160,8 @@ class Attachment:
     ) -> None:
         plan, timeout_s = planned.plan, source.block.timeout_s
         device = next(iter(planned.parameters.values())).device
-        units = _units(plan, planned.parameters)
+        self._kept = OptimizerGradients(engine)
+        units = _units(plan, planned.parameters, self._kept)
         chunks = [chunk for chunks, _ in units for chunk in chunks]
         self._groups = planned.groups
         self.feedback = [compressor.feedback for compressor in compressors]
@@ -182,7 +184,7 @@ class Attachment:
         self._engine = engine
         self._synchronises = synchronises or self._at_boundary
         self._hooks = [
-            param.register_post_accumulate_grad_hook(functools.partial(self._ready, name))
+            param.register_post_accumulate_grad_hook(functools.partial(self._ready, name))  # after the optimizer's own
             for name, param in planned.parameters.items()
         ]
         engine.buffered_allreduce_fallback = self._flush
@@ -235,8 +237,9 @@ class Attachment:
     def _at_boundary(self) -> bool:
         return self._engine.is_gradient_accumulation_boundary() and not self._engine.inside_no_sync_ctxt
 
-    def _ready(self, name: str, _: torch.nn.Parameter) -> None:
+    def _ready(self, name: str, param: torch.nn.Parameter) -> None:
         if self._synchronises():
+            self._kept.take(param)
             self.synchroniser.ready(name)
 
     def _flush(self, grads: object = None, elements_per_buffer: int = 0) -> None:
@@ -261,7 +264,9 @@ def scaling_of(engine: Any) -> Scaling:
     return Scaling(1.0 / predivide, predivide / world)
 
 
-def _units(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> list[tuple[list[Unit], list[Member]]]:
+def _units(
+    plan: Plan, parameters: dict[str, torch.nn.Parameter], kept: OptimizerGradients
+) -> list[tuple[list[Unit], list[Member]]]:
     """The plan's units, large compressed ones in chunks, each with its parameters."""
     units, index = [], itertools.count()
     for tensors in plan.units():
@@ -273,7 +278,9 @@ def _units(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> list[tuple[
         codec = tensors[0].codec
         shapes = tuple(tensor.shape for tensor in tensors)
         chunks = [Unit(next(index), text, length, option, codec, shapes) for text, length in zip(labels, lengths, strict=True)]
-        units.append((chunks, [Member(tensor.name, parameters[tensor.name], tensor.firings) for tensor in tensors]))
+        params = [parameters[tensor.name] for tensor in tensors]
+        members = [Member(t.name, param, t.firings, kept.of(param)) for t, param in zip(tensors, params, strict=True)]
+        units.append((chunks, members))
     return units
 
 

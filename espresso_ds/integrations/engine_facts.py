@@ -15,6 +15,7 @@ from ..core.host_facts import this_host
 from ..core.hosts import ClusterKind
 from ..core.plan import Plan
 from ..core.profile import model_fingerprint
+from .optimizer_gradients import keeps_gradients
 from .settling import precision_of
 
 NEEDED = (
@@ -74,7 +75,7 @@ def check_supported(engine: Any, stages: int = 1) -> None:
     stage = int(engine.zero_optimization_stage())
     faults = [
         (not trainable(engine), "a model without trainable parameters", "give the engine a model to train"),
-        (stage != 0, f"ZeRO stage {stage}", 'set "zero_optimization": {"stage": 0}'),
+        (stage != 0 and not keeps_gradients(engine), f"ZeRO stage {stage}", 'set "zero_optimization": {"stage": 0}'),
         (getattr(engine, "torch_autocast_z0_gradscaler", None) is not None, "torch_autocast with a gradient scaler", "use bf16"),
         (getattr(engine, "has_moe_layers", False), "mixture-of-experts layers", "train it without expert parallelism"),
         (engine.is_deepcompile_active(), "DeepCompile", 'set "compile": {"deepcompile": false}'),

@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from .optimizer_gradients import keeps_gradients
+
 
 class Settled(Protocol):
     """A memory of feedback: `Feedback`, or PowerSGD's."""
@@ -37,7 +39,9 @@ def loss_scale(engine: Any) -> float:
     """What `engine.backward` multiplies the loss by at present, and with it the gradients."""
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
-    return float(engine.optimizer.loss_scale) if isinstance(engine.optimizer, ZeROOptimizer) else 1.0
+    if not isinstance(engine.optimizer, ZeROOptimizer) or keeps_gradients(engine):  # BF16_Optimizer is one by name, and has none
+        return 1.0
+    return float(engine.optimizer.loss_scale)
 
 
 def settle_after_steps(

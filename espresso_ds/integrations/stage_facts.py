@@ -14,6 +14,7 @@ from ..core.errors import MismatchError, UnsupportedError
 from ..core.plan import PipelineDecision, Plan
 from ..runtime.paths import Place
 from .engine_facts import MEND, Kind, Layout, check_supported, check_tensors, kinds, trainable
+from .optimizer_gradients import keeps_gradients
 from .settling import precision_of
 
 TIED = "tied_modules."
@@ -25,9 +26,9 @@ def untied(engine: Any) -> dict[str, torch.nn.Parameter]:
     return {name: param for name, param in trainable(engine).items() if not name.startswith(TIED)}
 
 
-def tied(engine: Any) -> list[torch.nn.Parameter]:
+def tied(engine: Any) -> dict[str, torch.nn.Parameter]:
     """Those that other stages may have a copy of: DeepSpeed adds up the gradients of the copies before those of the replicas."""
-    return [param for name, param in trainable(engine).items() if name.startswith(TIED)]
+    return {name: param for name, param in trainable(engine).items() if name.startswith(TIED)}
 
 
 def check_staged(engine: Any, plan: Plan, where: str) -> None:
@@ -67,16 +68,12 @@ def _check_schedule(engine: Any) -> None:
 def _check_gradients(engine: Any, decided: PipelineDecision, where: str) -> None:
     if engine.dp_world_size == 1:
         raise MismatchError(f"{where} decides for gradients, but a stage has one replica, which shares them with none; {MEND}")
-    if (precision := precision_of(engine)) != "fp32":
+    stage = int(engine.zero_optimization_stage())
+    if stage != 0 and not keeps_gradients(engine):
         raise UnsupportedError(
-            f"gradients of a pipeline's replicas cannot be planned in {precision} yet, of which DeepSpeed keeps copies; "
-            f'train in fp32, or plan for the boundaries alone ("tensors": {[0] * decided.stages})'
-        )
-    if (zero := int(engine.zero_optimization_stage())) != 0:
-        raise UnsupportedError(
-            f"gradients of a pipeline's replicas cannot be planned under ZeRO stage {zero} yet; "
-            'set "zero_optimization": {"stage": 0}, or plan for the boundaries alone '
-            f'("tensors": {[0] * decided.stages})'
+            f"gradients of a pipeline's replicas cannot be planned under ZeRO stage {stage} in {precision_of(engine)} yet, but in "
+            'bf16 at stage 1 with "data_types": {"grad_accum_dtype": "fp32"}; set "zero_optimization": {"stage": 0}, or plan for '
+            "the boundaries alone: `espresso plan` without --replicas"
         )
     check_supported(engine, decided.stages)
 

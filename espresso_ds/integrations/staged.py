@@ -20,12 +20,13 @@ from ..runtime import groups
 from ..runtime.executor import Compressor
 from ..runtime.low_rank import LowRankCompressor
 from ..runtime.paths import Place
-from ..runtime.synchroniser import gradient_of
+from ..runtime.synchroniser import Member
 from ..runtime.trace import wanted_path
 from .engine import Attachment, Planned, banner, check_options, compressor_of, hear_all, scaling_of
 from .engine_facts import Layout, check_cluster, check_job, cluster_kind, host_names, layout, timing_config
 from .guarding import guard_wanted, tell
 from .last_backward import LastBackward
+from .optimizer_gradients import OptimizerGradients
 from .pipeline import PipelineAttachment, compress_boundaries, ways_of
 from .plan_source import Source
 from .stage_facts import check_staged, check_stages, stage_layout, stage_place, tied, told_by_all, untied
@@ -104,7 +105,8 @@ class StagedAttachment:
             shared.close()
             return
         planned = Planned(plan, untied(engine), shared)
-        self._alone = tied(engine)
+        kept = OptimizerGradients(engine)
+        self._alone = [Member(name, param, held=kept.of(param)) for name, param in tied(engine).items()]
         self._stock = engine.buffered_allreduce_fallback
         self._last = LastBackward(engine, self._begin)
         self.gradients = Attachment(engine, source, planned, compressors, synchronises=self._last.completes)
@@ -127,7 +129,7 @@ class StagedAttachment:
         """In place of the engine's allreduce, after it has added up the copies of tied weights."""
         self._flush(grads, **kwargs)
         if self._alone:
-            self._stock(grads=[gradient_of(param) for param in self._alone], **kwargs)
+            self._stock(grads=[member.gradient() for member in self._alone], **kwargs)
 
 
 def _for_replicas(plan: Plan, place: Place) -> Plan:

@@ -96,7 +96,7 @@ def fit_compute(
         def residuals(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
             return np.concatenate([missed(parameters) / noise, (parameters - start) / deviation])
 
-        return least_squares(residuals, start, bounds=([-5.0, 0.0, 0.0], [5.0, 20.0, 20.0]))
+        return least_squares(residuals, start, bounds=([-5.0, 0.0, 0.0], np.maximum([5.0, 20.0, 20.0], 2 * start)))
 
     noise = 1.0
     for _ in range(_ROUNDS):  # a run that scatters more than usual says less

@@ -35,6 +35,7 @@ _POOL = 1 << 23
 _SUMMED = 2
 """Payloads of a timed sum."""
 _PHASE_S = 0.3
+_CONTENTION_PHASE_S, _CONTENTION_ROUNDS = 0.2, 3
 _PHASE_NUMEL = 1 << 20
 
 
@@ -149,10 +150,10 @@ def measure_contention(
 ) -> float:
     """Seconds by which one second of codec work in a background thread delays computing in this thread.
 
-    Four phases of about 0.3 s, each begun behind `barrier`: codec work alone, computing alone (matrix products with `threads`
-    threads), both at once, computing alone again, so that drift cancels. A second of codec work is as much of it as took a
-    second alone. "Alone" is alone within the rank: ranks that share a host call this together and are in each other's way in
-    every phase.
+    The median of three rounds, of which each has four phases of about 0.2 s, begun behind `barrier`: codec work alone, computing
+    alone (matrix products with `threads` threads), both at once, computing alone again, so that drift cancels. A second of codec
+    work is as much of it as took a second alone. "Alone" is alone within the rank: ranks that share a host call this together and
+    are in each other's way in every phase. A host that stands still for a moment may stretch one round tenfold.
 
     Codec work goes through `memory`; without one it is that without feedback.
 
@@ -163,24 +164,29 @@ def measure_contention(
     call, before = _codec_call(codec, memory or Feedback("none"), device), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        products = calibrate(device, _PHASE_S)
-        barrier()
-        call_s = _repeat(call, device, lambda elapsed: elapsed >= _PHASE_S)[1]
-        barrier()
-        first = multiply(products, device)
-        stop = threading.Event()
-        barrier()
-        with ThreadPoolExecutor(1) as pool:
-            background = pool.submit(_repeat, call, device, lambda elapsed: stop.is_set())
-            try:
-                together = multiply(products, device)
-            finally:
-                stop.set()
-            busy_call_s = background.result()[1]
-        barrier()
-        second = multiply(products, device)
+        products = calibrate(device, _CONTENTION_PHASE_S)
+        return statistics.median(_delay(call, products, device, barrier) for _ in range(_CONTENTION_ROUNDS))
     finally:
         torch.set_num_threads(before)
+
+
+def _delay(call: Callable[[int], None], products: int, device: torch.device, barrier: Callable[[], None]) -> float:
+    """One round of `measure_contention`."""
+    barrier()
+    call_s = _repeat(call, device, lambda elapsed: elapsed >= _CONTENTION_PHASE_S)[1]
+    barrier()
+    first = multiply(products, device)
+    stop = threading.Event()
+    barrier()
+    with ThreadPoolExecutor(1) as pool:
+        background = pool.submit(_repeat, call, device, lambda elapsed: stop.is_set())
+        try:
+            together = multiply(products, device)
+        finally:
+            stop.set()
+        busy_call_s = background.result()[1]
+    barrier()
+    second = multiply(products, device)
     codec_s = together / busy_call_s * call_s
     return max(0.0, (together - (first + second) / 2) / codec_s)
 

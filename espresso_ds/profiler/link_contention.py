@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import torch
 
@@ -11,14 +12,16 @@ from .computing import calibrate, multiply
 from .rendezvous import Ranks
 
 _NBYTES = 1 << 20
-_PHASE_S = 1.0
+_PHASE_S = 0.5
+_ROUNDS = 3
 
 
 def measure_link_contention(ranks: Ranks, threads: int) -> float:
     """Seconds by which one second of communication delays computing that runs at the same time. Collective over all ranks.
 
     All ranks multiply matrices with `threads` threads, alone and beside allreduces in a background thread, as many on every rank.
-    0: communication costs no computing, as where cores are free or the network does its own work.
+    0: communication costs no computing, as where cores are free or the network does its own work. The median of three rounds,
+    of which each is alone and beside: a host that stands still for a moment may stretch one of them tenfold.
 
     Raises:
         SyncError: a rank failed or ran past the deadline.
@@ -36,26 +39,31 @@ def measure_link_contention(ranks: Ranks, threads: int) -> float:
         for _ in range(count):
             routines.allreduce(buffer, ranks.group).wait(ranks.timeout_s)
 
+    def beside(count: int, products: int) -> tuple[int, float]:
+        """How many products this thread makes while another has `count` allreduces, and the seconds of it."""
+        meet(0.0)
+        multiplied, spent_s = 0, 0.0
+        background = pool.submit(communicate, count)
+        while not background.done():
+            spent_s += multiply(products, ranks.device)
+            multiplied += products
+        background.result()
+        return multiplied, spent_s
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        products = calibrate(ranks.device, _PHASE_S)
-        meet(0.0)
-        alone_s = multiply(products, ranks.device)
-        meet(0.0)
-        count = 2
         with ThreadPoolExecutor(1) as pool:
-            multiplied, spent_s = 0, 0.0
-            for _ in range(2):  # the first time a few, to learn how many fill a phase on the slowest rank
+            products = calibrate(ranks.device, _PHASE_S)
+            few, count = max(1, products // 50), 2
+            for _ in range(2):  # how many fill a phase on the slowest rank; the first ones make connections
+                count = max(2, int(count * _PHASE_S / max(1e-3, meet(beside(count, few)[1]))))
+            slowdowns = []
+            for _ in range(_ROUNDS):
                 meet(0.0)
-                background = pool.submit(communicate, count)
-                multiplied, spent_s = 0, 0.0
-                while not background.done():
-                    spent_s += multiply(max(1, products // 100), ranks.device)
-                    multiplied += max(1, products // 100)
-                background.result()
-                count = max(2, int(count * _PHASE_S / max(1e-3, meet(spent_s))))
+                alone_s = multiply(products, ranks.device)
+                multiplied, spent_s = beside(count, few)
+                slowdowns.append(meet(products / alone_s * spent_s / multiplied))
     finally:
         torch.set_num_threads(before)
-    rate_alone, rate_beside = products / alone_s, multiplied / spent_s
-    return max(0.0, meet(rate_alone / rate_beside) - 1.0)
+    return max(0.0, median(slowdowns) - 1.0)

@@ -1,7 +1,7 @@
 """Gradients become ready in any order and leave in the plan's: the glue between backward hooks and lanes.
 
 `ready` is called for each gradient as backward completes it; a unit is submitted once all its gradients are ready and all units
-before it have been submitted. `flush`, after backward, submits the rest and waits: then every `param.grad` holds the result.
+before it have been submitted. `flush`, after backward, submits the rest and waits: then every gradient is the result.
 """
 
 from __future__ import annotations
@@ -37,12 +37,26 @@ class Scaling:
 
 @dataclass
 class Member:
-    """A parameter of a unit. `firings`: how often its hook fires before its gradient is complete."""
+    """A parameter of a unit.
+
+    `firings`: how often its hook fires before its gradient is complete. `held`: the flat tensor in which its optimizer keeps the
+    gradient and wants the sum, if that is not `param.grad`.
+    """
 
     name: str
     param: torch.nn.Parameter
     firings: int = 1
+    held: Tensor | None = None
     seen: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the gradient."""
+        return self.param.dtype if self.held is None else self.held.dtype
+
+    def gradient(self) -> Tensor:
+        """What this rank adds to the sum."""
+        return gradient_of(self.param) if self.held is None else self.held
 
 
 class Synchroniser:
@@ -153,7 +167,7 @@ class Synchroniser:
     def _submit_next(self) -> None:
         number = self._submitted
         chunks, members = self._units[number]
-        grads = [gradient_of(member.param) for member in members]
+        grads = [member.gradient() for member in members]
         for member, view in zip(members, self._views.get(number, ()), strict=False):
             member.param.grad = view  # where the sum will be; backward's own gradient goes as soon as it is encoded
         mark = streams.mark(members[0].param.device)
@@ -213,8 +227,8 @@ class Synchroniser:
     def _needs_buffer(self, number: int) -> bool:
         """Whether the gradient can't serve, as far as its parameter tells: several tensors, another dtype, or padding."""
         _, members = self._units[number]
-        param = members[0].param
-        return len(members) > 1 or param.dtype != self._dtype(number) or self._buffer_numel(number) != param.numel()
+        first = members[0]
+        return len(members) > 1 or first.dtype != self._dtype(number) or self._buffer_numel(number) != first.param.numel()
 
     def _new_buffer(self, number: int) -> Tensor:
         device = self._units[number][1][0].param.device
@@ -222,7 +236,7 @@ class Synchroniser:
 
     def _takes_gradients(self, number: int) -> bool:
         """Whether parts of the unit's buffer can be the gradients when the sum is there, so that nothing is copied back."""
-        return all(member.param.dtype == self._dtype(number) for member in self._units[number][1])
+        return all(member.held is None and member.dtype == self._dtype(number) for member in self._units[number][1])
 
     def _views_of(self, number: int) -> list[Tensor]:
         params = [member.param for member in self._units[number][1]]
