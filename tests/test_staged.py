@@ -20,7 +20,7 @@ EXPECTED_FAILURES = {
     "tensors of another stage": "stage 0 has no decision for '0.linear.weight', which rank 0 trains",
     "another tensor": "stage 0 has no decision for '1.linear.bias', which rank 0 trains",
     "ZeRO 1": 'in fp32 yet, but in bf16 at stage 1 with "data_types"',
-    "ZeRO 1, bf16": "plan for the boundaries alone: `espresso plan` without --replicas",
+    "ZeRO 1, bf16": "for the boundaries alone: `espresso plan` without --replicas",
     "pipeline beside the plan": 'leave "pipeline" out',
     "pipeline beside the launcher's plan": 'leave "pipeline" out',
     "boundary": "remove it",

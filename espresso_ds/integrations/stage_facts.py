@@ -71,9 +71,9 @@ def _check_gradients(engine: Any, decided: PipelineDecision, where: str) -> None
     stage = int(engine.zero_optimization_stage())
     if stage != 0 and not keeps_gradients(engine):
         raise UnsupportedError(
-            f"gradients of a pipeline's replicas cannot be planned under ZeRO stage {stage} in {precision_of(engine)} yet, but in "
-            'bf16 at stage 1 with "data_types": {"grad_accum_dtype": "fp32"}; set "zero_optimization": {"stage": 0}, or plan for '
-            "the boundaries alone: `espresso plan` without --replicas"
+            f"gradients of a pipeline's replicas cannot be planned under ZeRO stage {stage} in {precision_of(engine)} yet, but "
+            'in bf16 at stage 1 with "data_types": {"grad_accum_dtype": "fp32"}; set "zero_optimization": {"stage": 0}, or plan '
+            "for the boundaries alone: `espresso plan` without --replicas"
         )
     check_supported(engine, decided.stages)
 

@@ -170,7 +170,7 @@ def measure_contention(
         torch.set_num_threads(before)
 
 
-def _delay(call: Callable[[int], None], products: int, device: torch.device, barrier: Callable[[], None]) -> float:
+def _delay(call: Callable[[], None], products: int, device: torch.device, barrier: Callable[[], None]) -> float:
     """One round of `measure_contention`."""
     barrier()
     call_s = _repeat(call, device, lambda elapsed: elapsed >= _CONTENTION_PHASE_S)[1]
