@@ -14,9 +14,9 @@ class Layer(torch.nn.Sequential):
         super().__init__(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh())
 
 
-def batches():
+def batches(dtype):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH, WIDTH, generator=generator)
+    x = torch.randn(BATCH, WIDTH, generator=generator).to(dtype)
     while True:
         yield x, x.flip(0)
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     module = PipelineModule([LayerSpec(Layer) for _ in range(4)], num_stages=STAGES, loss_fn=torch.nn.functional.mse_loss)
     engine, *_ = deepspeed.initialize(model=module, config="ds.json")
-    data = batches()
+    data = batches(next(engine.module.parameters()).dtype)
     losses = [engine.train_batch(data).item() for _ in range(int(sys.argv[1]))]
     if torch.distributed.get_rank() == 0:
         print(f"losses {losses}", flush=True)
