@@ -46,6 +46,10 @@ class OptimizerGradients:
         group, number = self._places[param]
         return self._optimizer.fp32_groups_gradients[group][number]
 
+    def lacks(self, param: torch.nn.Parameter) -> bool:
+        """Whether it is a BF16_Optimizer that does not step this parameter, so that DeepSpeed does not reduce its gradient."""
+        return self._optimizer is not None and param not in self._places
+
     def take(self, param: torch.nn.Parameter) -> None:
         """Have the optimizer add the parameter's gradient to its own now, and not once more after the pass."""
         if self._optimizer is not None:

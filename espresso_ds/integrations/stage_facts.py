@@ -14,7 +14,7 @@ from ..core.errors import MismatchError, UnsupportedError
 from ..core.plan import PipelineDecision, Plan
 from ..runtime.paths import Place
 from .engine_facts import MEND, Kind, Layout, check_supported, check_tensors, kinds, trainable
-from .optimizer_gradients import keeps_gradients
+from .optimizer_gradients import OptimizerGradients, keeps_gradients
 from .settling import precision_of
 
 TIED = "tied_modules."
@@ -74,6 +74,12 @@ def _check_gradients(engine: Any, decided: PipelineDecision, where: str) -> None
             f"gradients of a pipeline's replicas cannot be planned under ZeRO stage {stage} in {precision_of(engine)} yet, but "
             'in bf16 at stage 1 with "data_types": {"grad_accum_dtype": "fp32"}; set "zero_optimization": {"stage": 0}, or plan '
             "for the boundaries alone: `espresso plan` without --replicas"
+        )
+    kept = OptimizerGradients(engine)
+    if left := next((name for name, param in trainable(engine).items() if kept.lacks(param)), None):
+        raise UnsupportedError(
+            f"{left} wants a gradient, but DeepSpeed's optimizer for bf16 has it in no group; give it "
+            "to the optimizer, freeze it, or plan for the boundaries alone: `espresso plan` without --replicas"
         )
     check_supported(engine, decided.stages)
 

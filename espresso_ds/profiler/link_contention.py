@@ -39,12 +39,12 @@ def measure_link_contention(ranks: Ranks, threads: int) -> float:
         for _ in range(count):
             routines.allreduce(buffer, ranks.group).wait(ranks.timeout_s)
 
-    def beside(count: int, products: int) -> tuple[int, float]:
-        """How many products this thread makes while another has `count` allreduces, and the seconds of it."""
+    def beside(pool: ThreadPoolExecutor, count: int, products: int) -> tuple[int, float]:
+        """How many products this thread makes, `products` at least, while another has `count` allreduces; and their seconds."""
         meet(0.0)
         multiplied, spent_s = 0, 0.0
         background = pool.submit(communicate, count)
-        while not background.done():
+        while multiplied == 0 or not background.done():
             spent_s += multiply(products, ranks.device)
             multiplied += products
         background.result()
@@ -57,12 +57,12 @@ def measure_link_contention(ranks: Ranks, threads: int) -> float:
             products = calibrate(ranks.device, _PHASE_S)
             few, count = max(1, products // 50), 2
             for _ in range(2):  # how many fill a phase on the slowest rank; the first ones make connections
-                count = max(2, int(count * _PHASE_S / max(1e-3, meet(beside(count, few)[1]))))
+                count = max(2, int(count * _PHASE_S / max(1e-3, meet(beside(pool, count, few)[1]))))
             slowdowns = []
             for _ in range(_ROUNDS):
                 meet(0.0)
                 alone_s = multiply(products, ranks.device)
-                multiplied, spent_s = beside(count, few)
+                multiplied, spent_s = beside(pool, count, few)
                 slowdowns.append(meet(products / alone_s * spent_s / multiplied))
     finally:
         torch.set_num_threads(before)
