@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import deepspeed
 import torch
 import torch.distributed as dist
+from any_cpu import allow_fp16
 from plans import IDENTITY, plan_for, with_plan
 
 from espresso_ds.compressors.topk import TopK
@@ -25,9 +26,6 @@ from espresso_ds.core.run_trace import Mark, RunTrace
 from espresso_ds.integrations import engine_facts
 from espresso_ds.integrations.engine_facts import cluster_kind, timing_config
 from espresso_ds.runtime.plain import Plain
-
-# DeepSpeed refuses fp16 on CPUs without instructions for it; torch computes in it on all.
-deepspeed.get_accelerator().is_fp16_supported = lambda: True
 
 STEPS = 20
 WIDTH = 48
@@ -401,6 +399,7 @@ CASES = (equality, compressed, low_rank, overflow, two_codecs, guarded, guard_sw
 
 def main():
     torch.set_num_threads(1)
+    allow_fp16()
     deepspeed.init_distributed()
     engine_facts.socket = SimpleNamespace(gethostname=lambda: f"host{dist.get_rank() // 2}")
     mine = {case.__name__: case() for case in CASES}

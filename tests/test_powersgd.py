@@ -118,7 +118,7 @@ def test_outputs_are_those_of_the_papers_algorithms(ranks, rank):
         inputs = given[..., cut].double().numpy().reshape(steps, len(ranks.places), matrix.rows, matrix.cols)
         expected = algorithms_1_and_2(inputs, matrix.right(first).t().double().numpy())
         found = results[0][0][:, cut].reshape(steps, matrix.rows, matrix.cols) / len(ranks.places)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)  # fp32 sums in the order of this CPU
+        np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)  # fp32 sums, in an order that CPUs choose
     np.testing.assert_allclose(results[0][0][:, 600:605], given[..., 600:605].sum(1), rtol=0, atol=1e-5)
 
 

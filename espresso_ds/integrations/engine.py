@@ -136,7 +136,7 @@ class Attachment:
     """What `engine.espresso` holds: the running synchroniser and the way to take it off again (`detach`).
 
     `feedback` has the residuals: one memory for each of the plan's compressors. `recorder` has the spans of the last steps.
-    `guard` says what the guard found: None before its verdict, and where there is none.
+    `guard` says what the guard found: None before its verdict, and where there is none. `kept` knows where gradients are.
 
     Args:
         engine: a DeepSpeedEngine for which the plan was checked.
@@ -160,8 +160,8 @@ class Attachment:
     ) -> None:
         plan, timeout_s = planned.plan, source.block.timeout_s
         device = next(iter(planned.parameters.values())).device
-        self._kept = OptimizerGradients(engine)
-        units = _units(plan, planned.parameters, self._kept)
+        self.kept = OptimizerGradients(engine)
+        units = _units(plan, planned.parameters, self.kept)
         chunks = [chunk for chunks, _ in units for chunk in chunks]
         self._groups = planned.groups
         self.feedback = [compressor.feedback for compressor in compressors]
@@ -239,7 +239,7 @@ class Attachment:
 
     def _ready(self, name: str, param: torch.nn.Parameter) -> None:
         if self._synchronises():
-            self._kept.take(param)
+            self.kept.take(param)
             self.synchroniser.ready(name)
 
     def _flush(self, grads: object = None, elements_per_buffer: int = 0) -> None:

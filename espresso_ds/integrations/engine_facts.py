@@ -15,7 +15,7 @@ from ..core.host_facts import this_host
 from ..core.hosts import ClusterKind
 from ..core.plan import Plan
 from ..core.profile import model_fingerprint
-from .optimizer_gradients import keeps_gradients
+from .deepspeed_version import unknown_deepspeed
 from .settling import precision_of
 
 NEEDED = (
@@ -57,16 +57,11 @@ def check_supported(engine: Any, stages: int = 1) -> None:
 
     Args:
         engine: for `stages` > 1 a PipelineEngine of so many.
-        stages: of the plan.
+        stages: of the plan. With several, `stage_facts` has checked ZeRO.
     """
     missing = [name for name in NEEDED if not callable(getattr(engine, name, None))]
     if missing:
-        import deepspeed
-
-        raise UnsupportedError(
-            f"deepspeed {deepspeed.__version__}: its engine has no {missing[0]}(); espresso_ds works with 0.19.8 and "
-            "successors that keep it: install `deepspeed>=0.19.8,<0.20`"
-        )
+        raise unknown_deepspeed(f"its engine has no {missing[0]}()")
     if stages == 1 and getattr(engine, "pipeline_parallelism", False):
         raise UnsupportedError(
             f'a plan without "pipeline" cannot be kept under a PipelineModule of {engine.num_stages} stages; plan for them, '
@@ -75,7 +70,7 @@ def check_supported(engine: Any, stages: int = 1) -> None:
     stage = int(engine.zero_optimization_stage())
     faults = [
         (not trainable(engine), "a model without trainable parameters", "give the engine a model to train"),
-        (stage != 0 and not keeps_gradients(engine), f"ZeRO stage {stage}", 'set "zero_optimization": {"stage": 0}'),
+        (stages == 1 and stage != 0, f"ZeRO stage {stage}", 'set "zero_optimization": {"stage": 0}'),
         (getattr(engine, "torch_autocast_z0_gradscaler", None) is not None, "torch_autocast with a gradient scaler", "use bf16"),
         (getattr(engine, "has_moe_layers", False), "mixture-of-experts layers", "train it without expert parallelism"),
         (engine.is_deepcompile_active(), "DeepCompile", 'set "compile": {"deepcompile": false}'),

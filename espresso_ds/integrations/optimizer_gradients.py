@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UnsupportedError
+from .deepspeed_version import unknown_deepspeed
 
 NEEDED = ("bf16_groups", "fp32_groups_gradients", "_update_hp_grad")
 
@@ -30,12 +30,7 @@ class OptimizerGradients:
         if self._optimizer is None:
             return
         if missing := [name for name in NEEDED if not hasattr(self._optimizer, name)]:
-            import deepspeed
-
-            raise UnsupportedError(
-                f"deepspeed {deepspeed.__version__}: its BF16_Optimizer has no {missing[0]}; espresso_ds works with 0.19.8 and "
-                "successors that keep it: install `deepspeed>=0.19.8,<0.20`"
-            )
+            raise unknown_deepspeed(f"its BF16_Optimizer has no {missing[0]}")
         for group, params in enumerate(self._optimizer.bf16_groups):
             self._places |= {param: (group, number) for number, param in enumerate(params)}
 

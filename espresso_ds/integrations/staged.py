@@ -26,7 +26,6 @@ from .engine import Attachment, Planned, banner, check_options, compressor_of, h
 from .engine_facts import Layout, check_cluster, check_job, cluster_kind, host_names, layout, timing_config
 from .guarding import guard_wanted, tell
 from .last_backward import LastBackward
-from .optimizer_gradients import OptimizerGradients
 from .pipeline import PipelineAttachment, compress_boundaries, ways_of
 from .plan_source import Source
 from .stage_facts import check_staged, check_stages, stage_layout, stage_place, tied, told_by_all, untied
@@ -105,11 +104,11 @@ class StagedAttachment:
             shared.close()
             return
         planned = Planned(plan, untied(engine), shared)
-        kept = OptimizerGradients(engine)
-        self._alone = [Member(name, param, held=kept.of(param)) for name, param in tied(engine).items()]
         self._stock = engine.buffered_allreduce_fallback
         self._last = LastBackward(engine, self._begin)
         self.gradients = Attachment(engine, source, planned, compressors, synchronises=self._last.completes)
+        kept = self.gradients.kept
+        self._alone = [Member(name, param, held=kept.of(param)) for name, param in tied(engine).items()]
         self._flush = engine.buffered_allreduce_fallback
         engine.buffered_allreduce_fallback = self._reduce
 

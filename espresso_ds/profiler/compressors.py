@@ -110,7 +110,7 @@ def _profile_times(
     barrier: Callable[[], None],
 ) -> tuple[CodecTimes, ...]:
     """Seconds of one codec on every device, for the sizes `wanted`, ascending."""
-    share = sum(wanted) + LARGEST / 4  # of one device; measuring contention takes about as long as timing 4M elements
+    share = sum(wanted) + LARGEST / 2  # of one device; measuring contention takes about as long as timing 8M elements
     times = []
     for number, kind in enumerate(kinds):
         encode, decode = [], []
