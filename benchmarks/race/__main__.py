@@ -25,6 +25,7 @@ RESULTS = ROOT / "benchmarks/results/race"
 CODECS = ("efsignsgd", "quantize:bits=4", "quantize:bits=8", "bf16:feedback=none")
 FEWER = [name for name in PEERS if not name.endswith((" 2", "batched powersgd 4"))]
 """Peers where four ranks' models would not fit into memory otherwise."""
+ALL_CRIPPLED = ",".join(CRIPPLED_NAMES)
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--clusters", default="2x1,4x1,2x2")
     parser.add_argument("--rates", default="100mbit,200mbit,1gbit,none")
     parser.add_argument("--peers", help="comma-separated; default: all (without some PowerSGD on four ranks)")
-    parser.add_argument("--crippled", default=",".join(CRIPPLED_NAMES), help="comma-separated, or nothing (default: %(default)s)")
+    parser.add_argument("--crippled", help=f"comma-separated; default: {ALL_CRIPPLED}; on four ranks: none")
     parser.add_argument("--codecs", default=",".join(CODECS), help="NAME[:KEY=VALUE]..., the first is the main one")
     parser.add_argument("--thrift", type=float, default=0.01)
     parser.add_argument("--budget-s", type=float, default=90.0, help="seconds of turns for each cell (default: %(default)s)")
@@ -60,7 +61,8 @@ def race(model: str, shape: Shape, given: argparse.Namespace, workshop: Workshop
     """All rates of one model on one cluster."""
     crowded = shape.nodes * shape.ranks_per_node > 2
     peers = given.peers.split(",") if given.peers else FEWER if crowded else list(PEERS)
-    crippled = [] if crowded else [name for name in given.crippled.split(",") if name]
+    wanted = ("" if crowded else ALL_CRIPPLED) if given.crippled is None else given.crippled
+    crippled = [name for name in wanted.split(",") if name]
     rates = given.rates.split(",")
     plans = {rate: workshop.plans(model, shape, rate, ["espresso", *crippled]) for rate in rates}
     parts = {rate: workshop.folder / f"part-{model}-{shape}-{rate}.json" for rate in rates}
