@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     except EspressoError as error:
         sys.exit(f"espresso: {error}")
     except KeyboardInterrupt:
-        sys.exit("espresso: interrupted; nothing was written")
+        sys.exit("espresso: interrupted")
 
 
 if __name__ == "__main__":

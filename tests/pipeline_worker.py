@@ -6,6 +6,8 @@ torchrun --nproc-per-node RANKS pipeline_worker.py STAGES FOLDER
 import json
 import os
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -16,6 +18,8 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from espresso_ds.core.errors import EspressoError
+from espresso_ds.integrations.pipeline_checkpoint import RULE
+from espresso_ds.runtime.parcel import Sender
 
 WIDTH, BATCH, STEPS = 24, 4, 3
 TOPK = {"name": "topk", "density": 0.3}
@@ -133,9 +137,26 @@ def trained(stages, layer=Plain, micro_batches=4, block=None, steps=STEPS, check
     return losses
 
 
+@contextmanager
+def slow_senders():
+    """Every message takes a while before it leaves."""
+    write = Sender.write
+
+    def slowly(*args):
+        time.sleep(0.02)
+        write(*args)
+
+    Sender.write = slowly
+    try:
+        yield
+    finally:
+        Sender.write = write
+
+
 def resumed(stages, folder, block):
     """Losses of training without a break, and of going on from a checkpoint: with its memory, and without."""
-    whole = trained(stages, block=block, again=True, steps=5, save=folder)
+    with slow_senders():  # the last gradients of a step wait in their channel when it is saved
+        whole = trained(stages, block=block, again=True, steps=5, save=folder)
     after = trained(stages, block=block, again=True, steps=3, load=folder)
     for path in folder.glob("*/espresso_pipeline_rank*.pt") if dist.get_rank() == 0 else ():
         path.rename(path.with_suffix(".gone"))
@@ -149,9 +170,9 @@ def resumed(stages, folder, block):
 
 
 def failure(stages, **case):
-    """The message with which a case stops at start."""
+    """The message with which a case stops, at start if not told otherwise."""
     try:
-        trained(stages, steps=0, **case)
+        trained(stages, **{"steps": 0, **case})
     except EspressoError as error:
         return str(error)
     return "no error"
@@ -214,7 +235,9 @@ def main():
     }
     remembering = {"forward": AQSGD, "backward": {**TOPK, "feedback": "ef21"}}
     told["resumed"] = resumed(stages, folder / "checkpoint", remembering)
+    (folder / "rule is a folder/global_step2" / RULE).mkdir(parents=True, exist_ok=True)
     told["failures"] = {
+        "rule is a folder": failure(stages, steps=2, save=folder / "rule is a folder", block=remembering),
         "other memory": failure(stages, load=folder / "checkpoint", block={**remembering, "example_memory": "8 bits"}),
         "positions of an unknown epoch": failure(stages, block={**POSITIONS, "forward": AQSGD}),
         "shared indices of bits": failure(stages, block={"forward": BITS, "shared_indices": True}),

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from jobs import BIN, TESTS, environment, run
@@ -12,8 +14,8 @@ from planner_cases import trace_of
 from plans import plan_for, with_plan
 
 from espresso_ds.cli import main
-from espresso_ds.commands import trace
-from espresso_ds.commands.job import JobError
+from espresso_ds.commands import prepare, trace
+from espresso_ds.commands.job import JobError, run_job
 from espresso_ds.core.plan import load_plan_file
 from espresso_ds.core.profile import ModelTrace
 from espresso_ds.integrations import boot
@@ -134,6 +136,71 @@ def test_interrupted_prepare_leaves_nothing_half_written(tmp_path):
     assert "interrupted" in said
     assert not (tmp_path / "plan.json").exists()
     assert not list(tmp_path.glob(".espresso-*"))
+
+
+def test_a_prepare_that_fails_leaves_the_plan_there_is_with_its_profiles(prepared, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "again"
+    shutil.copytree(prepared[0], folder)
+    before = {path: path.read_bytes() for path in (folder / "plan.profiles").iterdir()}
+    monkeypatch.setattr(prepare, "profile_cluster", failing)
+    given = [f"--{kind}={folder / 'plan.profiles' / f'{kind}.json'}" for kind in ("trace", "compressors")]
+    with pytest.raises(SystemExit, match="a host is down"):
+        main(
+            [
+                "prepare",
+                "--ds-config",
+                str(folder / "ds.json"),
+                "--ranks",
+                "2",
+                *given,
+                "-o",
+                str(folder / "plan.json"),
+                "train.py",
+            ]
+        )
+    assert {path: path.read_bytes() for path in (folder / "plan.profiles").iterdir()} == before
+    assert (folder / "plan.unfinished" / "trace.json").exists() and "plan.unfinished" in capsys.readouterr().err
+    assert run([ESPRESSO, "explain", "plan.json"], cwd=folder).returncode == 0
+
+
+def failing(*args):
+    raise JobError("a host is down")
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--compressor", "topkk"], "did you mean 'topk'"),
+        (["--alternative", "efsignsgd:density=0.1"], "efsignsgd has no density"),
+        (["--replicas", "none.json"], "no such cluster profile"),
+        (["-o", "missing/plan.json"], "its directory does not exist"),
+    ],
+)
+def test_what_prepare_cannot_do_is_said_before_anything_is_measured(tmp_path, monkeypatch, words, fault):
+    (tmp_path / "ds.json").write_text(json.dumps(DS_CONFIG))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "trace_script", failing)
+    with pytest.raises(SystemExit, match=fault):
+        main(["prepare", "--ds-config", "ds.json", "--ranks", "2", *words, "train.py"])
+
+
+def test_a_trace_stays_until_there_is_another(tmp_path):
+    file = tmp_path / "trace.json"
+    trace_of([(10, 0.5)]).save(file)
+    before = file.read_bytes()
+    command = [ESPRESSO, "trace", "--master-port", PORT, "-o", file]
+    assert run([*command, "--ranks", 2, TINY, "--no-such-flag"], cwd=tmp_path).returncode == 1
+    assert run([*command, TINY], cwd=tmp_path).returncode == 1  # nobody said where
+    assert file.read_bytes() == before and sorted(tmp_path.iterdir()) == [file, tmp_path / "trace.log"]
+
+
+def test_what_a_leader_leaves_behind_is_ended(tmp_path):
+    leader = f"sleep 300 & echo $! > {tmp_path / 'pid'}; exit 1"
+    with pytest.raises(JobError, match="stopped after 2 s"):
+        run_job(["sh", "-c", leader], tmp_path / "log", lambda share, what: None, timeout_s=2.0)
+    pid = int((tmp_path / "pid").read_text())
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_a_script_that_ends_too_early_is_said(tmp_path):

@@ -187,6 +187,19 @@ def test_what_aqsgd_cannot_do_is_said_by_the_sender(pair, x, numbers, words):
     pair.run(work)
 
 
+@pytest.mark.parametrize(("numel", "most", "there_is_room_for"), [(8, 1000, 31), (1000, 10_000, 2), (8, 31, 0), (8, 4000, 125)])
+def test_examples_take_what_they_may_and_no_more(numel, most, there_is_room_for):
+    memory = ExampleMemory("f", most_bytes=most)
+    with pytest.raises(SyncError, match=f"holds {there_is_room_for} examples"):
+        for number in range(1000):
+            memory.keep(0, [number], torch.full((1, numel), float(number)))
+            assert memory.nbytes <= most
+    assert memory.nbytes <= most
+    kept = list(range(there_is_room_for))
+    if kept:
+        assert torch.equal(memory.recall(0, kept)[:, 0], torch.arange(float(there_is_room_for)))
+
+
 def test_examples_survive_a_checkpoint():
     first = ExampleMemory("f", "8 bits")
     first.keep(0, [7, 300], normal(80).view(2, 40))

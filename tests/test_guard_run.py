@@ -108,6 +108,7 @@ def test_whatever_was_kept_back_is_sent_once_when_the_plan_is_dropped(cluster, o
             late.append(one_step(executor, units, rank, step))
             compressor.feedback.commit()
             executor.committed()
+        assert all(map(executor.keeps_scale, units))
         assert compressor.feedback.nbytes == 0
         assert executor.buffer_nbytes == (0 if wire is torch.float32 else 2 * NUMEL * len(units))
         return outputs, late

@@ -75,6 +75,21 @@ def test_residuals_stay_within_their_memory_and_use_it(feedback):
             assert len(compressed(plan)) >= min(len(NAMES), most // one)
 
 
+def test_thrift_keeps_to_the_memory_of_residuals():
+    """A codec that remembers and loses less is taken where thrift leaves time, for as many tensors as there is memory for."""
+    trace, cluster, _ = named_case()
+    found = several(codecs_of(share=0.02, summable=False), codecs_of(share=0.021, summable=False), errors=ERRORS)
+    with_feedback = [
+        codec.model_copy(update={"compressor": CompressorSettings(name="topk", density=0.01, feedback=feedback, seed=number)})
+        for number, (codec, feedback) in enumerate(zip(found.codecs, ("none", "ef"), strict=True))
+    ]
+    codecs, one = found.model_copy(update={"codecs": tuple(with_feedback)}), 4 * 2**18
+    for most in (one, 3 * one):
+        plan = make_plan(trace, cluster, codecs, made_by="tests", thrift=0.3, constraints=Constraints(residual_bytes=most))
+        remembering = [unit for unit in units_of(plan, in_wire_order(trace)) if unit.option.compresses and unit.codec == 1]
+        assert 0 < sum(residual_bytes(unit, 2, 1) for unit in remembering) <= most
+
+
 ERRORS = (0.6, 0.1)
 
 

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow
 PORTS = {(2, 1): 29651, (3, 1): 29652, (4, 1): 29653, (2, 2): 29654}
 """By stages and replicas."""
 EXPECTED_FAILURES = {
+    "rule is a folder": "espresso_pipeline.json: is a directory; name a file in it",
     "no such boundary": "remove it",
     "unknown codec": "did you mean 'topk'?",
     "dgc": '"feedback": "dgc" is the momentum of gradients',
@@ -98,7 +99,7 @@ def test_training_goes_on_from_a_checkpoint_with_what_boundaries_remember(told):
         assert found["forgotten"] != found["after"]
 
 
-def test_what_cannot_be_done_stops_at_start_alike_on_all_ranks(told):
+def test_what_cannot_be_done_stops_alike_on_all_ranks(told):
     for case, words in EXPECTED_FAILURES.items():
         assert words in told[0]["failures"][case], case
     assert all(rank["failures"] == told[0]["failures"] for rank in told)

@@ -7,6 +7,7 @@ from profile_files import planned, slow_case
 from test_refit import World, run_in, true_step
 
 from espresso_ds.cli import main
+from espresso_ds.core.option import Option
 from espresso_ds.core.plan import load_plan_file
 from espresso_ds.core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from espresso_ds.planner.refit_profiles import Profiles
@@ -51,6 +52,21 @@ def test_a_run_makes_a_better_plan_with_which_everything_works(measured, capsys)
     assert new.profiles == {k: v.fingerprint for k, v in profiles_in(folder / "plan2.profiles")._asdict().items()}
     main(["explain", str(folder / "plan2.json")])
     main(["what-if", str(folder / "plan2.json"), "--bandwidth", "0.5..2"])
+
+
+@pytest.mark.parametrize("asked", ["uncompressed", "exact"])
+def test_old_decisions_that_are_no_longer_allowed_are_not_kept(measured, capsys, asked):
+    """However much slower the new ones are."""
+    folder, plan, _ = measured
+    assert any(Option.parse(tensor.option).compresses for tensor in plan.tensors)
+    if asked == "exact":
+        whole = json.loads((folder / "plan.json").read_text())
+        whole["espresso"]["constraints"]["exact"] = ["*"]
+        (folder / "plan.json").write_text(json.dumps(whole))
+    main(words(folder, *(["--uncompressed"] if asked == "uncompressed" else [])))
+    new = load_plan_file(folder / "plan2.json")[2]
+    assert not any(Option.parse(tensor.option).compresses for tensor in new.tensors)
+    assert "are kept" not in capsys.readouterr().out
 
 
 def test_as_json(measured, capsys):

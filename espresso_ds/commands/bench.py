@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -16,11 +17,11 @@ from pydantic import BaseModel
 from ..core.config import CompressorSettings
 from ..core.errors import FileError, SyncError, UnsupportedError, nearest
 from ..core.option import Level
-from ..core.record import write_json
+from ..core.record import check_output, write_json
 from ..profiler.bench_report import BUS_FACTORS, DTYPES, FAULT, Backend, NetReport, NetSettings, read_report
 from .bench_tables import UNITS, codec_tables, kernels_text, net_tables
 from .console import wide_console
-from .job import JobError, Reporter, run_job
+from .job import JobError, Report, Reporter, run_job
 from .launching import add_cluster_arguments, one_of_many, ranks_command
 from .profile import read_codec
 
@@ -82,8 +83,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run_net(args: argparse.Namespace) -> None:
     """Measure, print and write. Raises FileError, UnsupportedError, SyncError, JobError; alike on all ranks where this is one."""
     settings = net_settings(args)
-    _check_output(args.json)
-    report = _as_a_rank(settings) if one_of_many(args) else _with_ranks(args, settings)
+    _check_json(args.json)
+    report = _as_a_rank(settings, args.json) if one_of_many(args) else _with_ranks(args, settings)
     if report is None:
         return
     if str(args.json) != "-":
@@ -97,11 +98,11 @@ def run_net(args: argparse.Namespace) -> None:
         )
 
 
-def _as_a_rank(settings: NetSettings) -> NetReport | None:
+def _as_a_rank(settings: NetSettings, path: Path | None) -> NetReport | None:
     """Measure as one of the ranks that mpirun, srun or torchrun has started; the report on rank 0."""
     from ..profiler.bench_net import run_rank  # brings torch
 
-    with Reporter() as report:
+    with _reporter(path) as report:
         measured, rank = run_rank(settings, report)
     return measured if rank == 0 else None
 
@@ -114,7 +115,7 @@ def _with_ranks(args: argparse.Namespace, settings: NetSettings) -> NetReport:
     log = Path(tempfile.mkdtemp(prefix="espresso-bench-")) / "ranks.log"
     keep = False
     try:
-        with Reporter() as report:
+        with _reporter(args.json) as report:
             run_job(command, log, report, timeout_s=args.timeout)
         with log.open(errors="replace") as lines:
             return read_report(lines)
@@ -133,13 +134,13 @@ def run_codec(args: argparse.Namespace) -> None:
     """Measure, print and write. Raises FileError, UnsupportedError."""
     sizes = parse_sizes(args.sizes, args.step)
     _positive(args, "trials", "threads")
-    _check_output(args.json)
+    _check_json(args.json)
     from ..compressors.registry import CODECS, resolve  # brings torch
     from ..profiler.bench_codec import bench_codecs
 
     names: Sequence[str] = args.compressor or tuple(CODECS)
     chosen = tuple(dict.fromkeys(resolve(_codec(text, CODECS)) for text in names))
-    with Reporter() as told:
+    with _reporter(args.json) as told:
         report = bench_codecs(chosen, sizes, args.device, args.threads, args.trials, told)
     if str(args.json) != "-":
         console = wide_console(highlight=False)
@@ -220,10 +221,14 @@ def _positive(args: argparse.Namespace, *options: str) -> None:
             raise FileError(f"--{option} {value}: give a number above 0")
 
 
-def _check_output(path: Path | None) -> None:
-    """Refuse before measuring what could not be written after it."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise FileError(f"--json {path}: its directory does not exist; make it first")
+def _check_json(path: Path | None) -> None:
+    if path is not None and str(path) != "-":
+        check_output(path)
+
+
+def _reporter(path: Path | None) -> AbstractContextManager[Report]:
+    """None on standard output where that is the JSON's alone."""
+    return nullcontext(lambda share, what: None) if str(path) == "-" else Reporter()
 
 
 def _write(report: BaseModel, path: Path | None) -> None:

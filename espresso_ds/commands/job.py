@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,14 +80,17 @@ def run_job(
 
 
 def _end(child: subprocess.Popen[str]) -> None:
+    """End what there is of its process group, also where the leader has ended and left others behind."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        if child.poll() is not None:
-            return
+        deadline = time.monotonic() + 5
         try:
             os.killpg(child.pid, sign)
-            child.wait(5)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+            while time.monotonic() < deadline:
+                child.poll()  # a leader that has ended counts until it is waited for
+                os.killpg(child.pid, 0)
+                time.sleep(0.02)
+        except ProcessLookupError:
+            return
 
 
 class Reporter:

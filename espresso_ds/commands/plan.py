@@ -13,6 +13,7 @@ from ..core.errors import FileError
 from ..core.option import Level, Option
 from ..core.plan import BLOCK, PipelineDecision, Plan, load_json, plan_of, read_block, save_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
+from ..core.record import check_output
 from ..planner.build import make_plan
 from ..planner.build_pipeline import make_pipeline_plan
 from .job import Report, Reporter
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     """Plan and write the file."""
     config, block = read_ds_config(args.ds_config)
     block = with_arguments(block, args)
+    check_output(args.out)
     profiles = ModelTrace.load(args.trace), ClusterProfile.load(args.cluster), CompressorProfile.load(args.compressors)
     if args.json:  # standard output is the summary's alone
         print(json.dumps(summary(write_plan(args, config, block, *profiles, report=lambda share, what: None))))
@@ -96,6 +98,10 @@ def write_plan(
 ) -> Plan:
     """Make the plan and write it into a copy of the config. Raises MismatchError, FileError."""
     made_by = f"espresso_ds {__version__}"
+    if args.replicas is not None and trace.pipeline is None:
+        raise FileError(
+            f"--replicas {args.replicas} is for the stages of a PipelineModule, and the trace is of none; leave it out"
+        )
     if trace.pipeline is not None:
         replicas = None if args.replicas is None else ClusterProfile.load(args.replicas)
         how = {"made_by": made_by, "block": block, "uncompressed": args.uncompressed, "replicas": replicas}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.config import CompressorSettings
+from ..core.config import CompressorSettings, Constraints
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
-from ..core.record import FileRecord
+from ..core.record import FileRecord, check_output
 from ..integrations import boot
 from ..planner.pipeline import USUAL
+from ..planner.tree import check_forbidden
 from .job import Reporter
 from .launching import add_cluster_arguments, add_launch_arguments
 from .plan import add_plan_arguments, describe, read_ds_config, with_arguments, write_plan
@@ -54,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     check_profile_asked_for(args)
     config, block = read_ds_config(args.ds_config)
     compressor, alternatives = compressor_settings(args, block.compressor), alternative_settings(args, block.alternatives)
+    check_before_measuring(args, (compressor, *alternatives), block.constraints)
     block = with_arguments(block.model_copy(update={"compressor": compressor, "alternatives": alternatives}), args)
     given: dict[str, Any] = {kind: record.load(path) for kind, record in FILES.items() if (path := getattr(args, kind))}
     directory = profile_directory(args.out)
@@ -79,9 +83,13 @@ def run(args: argparse.Namespace) -> None:
                 report.part(0.75, 0.95, "compressors"),
             )
             compressors.save(work / "compressors.json")
-        finally:
-            keep(work, directory)
-        plan = write_plan(args, config, block, trace, cluster, compressors, report=report.part(0.95, 1.0, "plan"))
+            plan = write_plan(args, config, block, trace, cluster, compressors, report=report.part(0.95, 1.0, "plan"))
+        except BaseException:
+            left = args.out.with_suffix(".unfinished")  # the profiles of a plan that is there stay as they are
+            keep(work, left)
+            print(f"espresso: no plan was written; what was measured, and logs, are in {left}", file=sys.stderr)
+            raise
+        keep(work, directory)
     print(f"trace:       {describe_trace(trace)}")
     print(f"cluster:     {describe_cluster(cluster)}", *cluster.remarks, sep="\n             ! ")
     print("compressors:", "\n             ".join(describe_compressors(compressors)))
@@ -89,6 +97,18 @@ def run(args: argparse.Namespace) -> None:
     print(f"why: `espresso explain {args.out}`; profiles are in {directory}")
     if not boot.hook_file_installed():
         print("This installation lacks the start-up hook (an editable one does): run `espresso install-hook` on every host.")
+
+
+def check_before_measuring(args: argparse.Namespace, codecs: Sequence[CompressorSettings], constraints: Constraints) -> None:
+    """Raise EspressoError at what would only come to light after minutes of measuring."""
+    from ..compressors.registry import check  # brings torch
+
+    check_output(args.out)
+    check_forbidden(constraints)
+    for settings in codecs:
+        check(settings)
+    if args.replicas is not None:
+        ClusterProfile.load(args.replicas)
 
 
 def profile_directory(out: Path) -> Path:

@@ -12,6 +12,7 @@ from ..core.config import STRENGTH, CompressorSettings
 from ..core.errors import FileError, UnsupportedError
 from ..core.people import people_seconds
 from ..core.profile import ClusterProfile, CodecProfile, CompressorProfile
+from ..core.record import written_elsewhere
 from .cluster_tables import tables
 from .console import wide_console
 from .job import Report, Reporter, run_job
@@ -120,7 +121,7 @@ def run_cluster(args: argparse.Namespace) -> None:
             )
         go_on_in_place(found, ["-m", _CLUSTER, *_cluster_arguments(args.out)])
     if args.picture is not None:
-        from ..planner.cluster_render import check_picture  # matplotlib is for pictures only
+        from ..planner.pictures import check_picture  # matplotlib is for pictures only
 
         check_picture(args.picture)  # before anything is measured for it
     with Reporter() as report:
@@ -158,7 +159,8 @@ def profile_cluster(args: argparse.Namespace, out: Path, report: Report, threads
 
     Raises JobError, FileError, UnsupportedError.
     """
-    run_job(ranks_command(args, _CLUSTER, *_cluster_arguments(out, threads)), out.with_suffix(".log"), report)
+    with written_elsewhere(out) as fresh:
+        run_job(ranks_command(args, _CLUSTER, *_cluster_arguments(fresh, threads)), out.with_suffix(".log"), report)
     return ClusterProfile.load(out)
 
 
@@ -166,8 +168,9 @@ def profile_compressors(
     args: argparse.Namespace, settings: Sequence[CompressorSettings], trace: Path | None, out: Path, report: Report
 ) -> CompressorProfile:
     """Measure each codec, once, on all ranks at once, as they will run it. Raises JobError, FileError, UnsupportedError."""
-    command = ranks_command(args, _COMPRESSORS, *_compressor_arguments(settings, trace, out))
-    run_job(command, out.with_suffix(".log"), report, timeout_s=_CODEC_TIMEOUT_S * len(dict.fromkeys(settings)))
+    with written_elsewhere(out) as fresh:
+        command = ranks_command(args, _COMPRESSORS, *_compressor_arguments(settings, trace, fresh))
+        run_job(command, out.with_suffix(".log"), report, timeout_s=_CODEC_TIMEOUT_S * len(dict.fromkeys(settings)))
     return CompressorProfile.load(out)
 
 

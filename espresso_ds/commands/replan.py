@@ -15,6 +15,7 @@ from .. import __version__
 from ..core.errors import FileError
 from ..core.plan import BLOCK, load_plan_file, save_plan_file
 from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
+from ..core.record import check_output
 from ..core.run_trace import RunTrace
 from ..planner.refit import Refitted, refit
 from ..planner.refit_profiles import Profiles
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     directory = profile_directory(args.out)
     if args.out.resolve() == args.plan.resolve() or directory.resolve() == profile_directory(args.plan).resolve():
         raise FileError(f"{args.out}: would overwrite the plan that ran or its profiles; name another file")
+    check_output(args.out)
     profiles = _profiles(args)
     runs = {str(path): RunTrace.load(path) for path in args.runs}
     found = refit(plan, profiles, runs, str(args.plan))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..core.errors import FileError, UnsupportedError
 from ..core.profile import ModelTrace
+from ..core.record import check_output, written_elsewhere
 from ..integrations import boot
+from ..profiler.mpi_launch import read_hostfile
 from ..profiler.mpi_world import SRUN
 from .as_rank import rank_variables
 from .job import JobError, Report, Reporter, run_job
@@ -40,11 +42,13 @@ def run(args: argparse.Namespace) -> None:
         addresses = rank_variables(os.environ) if found.by == SRUN else {}
         go_on_in_place(found, ["-u", *args.script], {**_environment(args, args.out), **addresses})
     if args.hf_model:
+        _check_steps(args)
+        check_output(args.out)
         from ..integrations.hf_trace import trace_hf_model
 
         with Reporter() as report:
-            world, per_node = (args.ranks or 1, args.ranks or 1)
-            trace_hf_model(args.hf_model, args.batch, args.sequence, args.steps, world, per_node, report).save(args.out)
+            shape = _shape(args)
+            trace_hf_model(args.hf_model, args.batch, args.sequence, args.steps, *shape, report).save(args.out)
     else:
         with Reporter() as report:
             trace_script(args, args.out, report)
@@ -59,28 +63,43 @@ def trace_script(args: argparse.Namespace, out: Path, report: Report) -> ModelTr
         JobError: the script failed.
     """
     _check_script(args)
-    out.unlink(missing_ok=True)
-    log = out.with_suffix(".log")
-    try:
-        run_job(script_command(args, args.script), log, report, _environment(args, out), args.timeout)
-    except JobError as error:
-        if not out.exists():
-            raise
-        # The ranks had all that was to be measured: gloo's threads, for one, may abort the end of an interpreter.
-        print(f"espresso: the trace is complete, but the script failed while it was ended: {error}", file=sys.stderr)
-    if not out.exists():
-        raise FileError(
-            f"the script ended without {args.steps + 3} optimizer steps on a DeepSpeed engine; "
-            f"train longer, or lower --steps; its output is in {log}"
-        )
+    command, log = script_command(args, args.script), out.with_suffix(".log")
+    with written_elsewhere(out) as fresh:
+        try:
+            run_job(command, log, report, _environment(args, fresh), args.timeout)
+        except JobError as error:
+            if not fresh.exists():
+                raise
+            # The ranks had all that was to be measured: gloo's threads, for one, may abort the end of an interpreter.
+            print(f"espresso: the trace is complete, but the script failed while it was ended: {error}", file=sys.stderr)
+        if not fresh.exists():
+            raise FileError(
+                f"the script ended without {args.steps + 3} optimizer steps on a DeepSpeed engine; "
+                f"train longer, or lower --steps; its output is in {log}"
+            )
     return ModelTrace.load(out)
+
+
+def _shape(args: argparse.Namespace) -> tuple[int, int]:
+    """Ranks in all and on each host that a model is traced for."""
+    if args.hostfile is None:
+        return args.ranks or 1, args.ranks or 1
+    hosts = read_hostfile(args.hostfile)
+    slots = set(hosts.values())
+    if len(slots) > 1 or args.ranks is not None:
+        raise UnsupportedError(f"--hf-model takes a --hostfile with as many slots on every host, and no --ranks: {args.hostfile}")
+    return sum(hosts.values()), slots.pop()
+
+
+def _check_steps(args: argparse.Namespace) -> None:
+    if args.steps < 1:
+        raise FileError(f"--steps {args.steps}: time at least one step")
 
 
 def _check_script(args: argparse.Namespace) -> None:
     if not args.script:
         raise FileError("which script? give it and its arguments last: `espresso trace [options] train.py ARGS`")
-    if args.steps < 1:
-        raise FileError(f"--steps {args.steps}: time at least one step")
+    _check_steps(args)
     if not boot.hook_file_installed():  # some ranks might then train on while others trace, and wait for each other
         raise UnsupportedError(f"{sys.prefix} has no start-up hook, so scripts are not traced; run `espresso install-hook`")
 

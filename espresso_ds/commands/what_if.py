@@ -50,10 +50,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plan for every point, and print. Raises FileError."""
-    from ..planner.what_if_render import draw, table  # brings matplotlib
+    from ..planner.pictures import check_picture  # brings matplotlib
+    from ..planner.what_if_render import draw, table
 
-    if args.picture is not None and not args.picture.absolute().parent.is_dir():
-        raise FileError(f"{args.picture}: its directory does not exist; make it first")
+    if args.picture is not None:
+        check_picture(args.picture)
     block, trace, cluster, compressors = load(args)
     axis, values = values_of(args, cluster)
     plan_for = planner(trace, compressors, block, flat=args.flat)

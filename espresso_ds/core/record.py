@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -99,12 +101,10 @@ def load_json(path: str | Path, kind: str, made_by: str) -> Any:
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON so that a reader sees the old file or the whole new one, never a part.
 
-    Raises FileError where there is no directory for it.
+    Raises FileError as `check_output` does.
     """
+    check_output(path)
     path = Path(path)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        fault = "is a directory; name a file in it" if path.is_dir() else "its directory does not exist; make it first"
-        raise FileError(f"{path}: {fault}")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
@@ -120,6 +120,33 @@ def write_json(path: str | Path, value: Any) -> None:
         raise
 
 
+def check_output(path: str | Path) -> None:
+    """Raise FileError where no file can be written: before the work whose result it is for."""
+    path = Path(path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        fault = "is a directory; name a file in it" if path.is_dir() else "its directory does not exist; make it first"
+        raise FileError(f"{path}: {fault}")
+
+
+@contextmanager
+def written_elsewhere(path: Path) -> Iterator[Path]:
+    """A name beside `path` for another process to write to; what is there in the end takes the place of `path`, which until then
+    stays as it is.
+
+    Raises:
+        FileError: there can be no such file, or nothing was written there.
+    """
+    check_output(path)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield fresh
+        if not fresh.exists():
+            raise FileError(f"{path}: it was written on the host of rank 0, and is not here; start from that host, the first one")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def _first_fault(cls: type[Record], error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
     *parents, last = fault["loc"] or ("value",)
@@ -132,9 +159,9 @@ def _first_fault(cls: type[Record], error: ValidationError) -> str:
 
 
 def _fields_at(cls: type[Record], path: list[str | int]) -> list[str]:
-    """Names of the fields of the record found by following `path` through nested records and lists."""
+    """Names of the fields of the record found by following `path` through nested records, lists and dicts."""
     for part in path:
-        if isinstance(part, int):
+        if part not in cls.model_fields:  # place in a list, key of a dict
             continue
         inner = _record_in(cls.model_fields[part].annotation)
         if inner is None:

@@ -23,7 +23,7 @@ from ..core.errors import MismatchError, SyncError
 Storage = Literal["float32", "bfloat16", "8 bits"]
 _CODECS: Mapping[Storage, Codec] = {"float32": Identity(), "bfloat16": Bf16(), "8 bits": Quantize(8)}
 _FIRST = 64
-"""Examples that there is room for at first; the room doubles whenever it is full."""
+"""Examples that there is room for at first; the room doubles whenever it is full, as far as it may."""
 
 
 class _Rows:
@@ -31,7 +31,7 @@ class _Rows:
 
     def __init__(self, numel: int, row_nbytes: int) -> None:
         self.numel, self.places = numel, dict[int, int]()
-        self.held = torch.zeros(_FIRST, row_nbytes, dtype=torch.uint8)
+        self.held = torch.zeros(0, row_nbytes, dtype=torch.uint8)
 
 
 class ExampleMemory:
@@ -40,7 +40,7 @@ class ExampleMemory:
     Args:
         label: of the direction, for errors.
         storage: float32, or rounded to bfloat16 or to 8 bits in blocks of 4096, at a half or a quarter of the memory.
-        most_bytes: the most memory it may take.
+        most_bytes: the most memory it may hold; where it grows it holds its examples twice for a moment.
     """
 
     def __init__(self, label: str, storage: Storage = "float32", most_bytes: int = 4 << 30) -> None:
@@ -117,10 +117,12 @@ class ExampleMemory:
         self._tensors = {}
 
     def _grow(self, rows: _Rows) -> None:
-        if (wanted := self.nbytes + rows.held.nbytes) > self._most:
+        nbytes = rows.held.shape[1]
+        more = min(max(_FIRST, len(rows.held)), (self._most - self.nbytes) // nbytes)
+        if more < 1:
             raise SyncError(
-                f"{self._label}: AQ-SGD holds {len(rows.places)} examples of {rows.held.shape[1]} bytes; more would take "
-                f'{wanted}, and it may have {self._most}; raise "example_bytes", set "example_memory" to "bfloat16" or '
-                '"8 bits", or give "forward" another feedback'
+                f"{self._label}: AQ-SGD holds {len(rows.held)} examples of {nbytes} bytes and may have {self._most} in all, too "
+                'little for one more; raise "example_bytes", set "example_memory" to "bfloat16" or "8 bits", or give "forward" '
+                "another feedback"
             )
-        rows.held = torch.cat([rows.held, torch.zeros_like(rows.held)])
+        rows.held = torch.cat([rows.held, torch.zeros(more, nbytes, dtype=torch.uint8)])

@@ -61,8 +61,8 @@ class Feedback:
         mode: as above.
         dtype: of the memory, float32 or bfloat16. The latter rounds what is kept at every step, by at most 2**-8 of it.
         momentum: of "dgc".
-        clip: of "dgc": most norm of a unit's gradient, as summed over all ranks and at a loss scale of 1; None: no limit. Taking
-            the norm waits for the stream on an accelerator.
+        clip: of "dgc": most norm of what is compressed at once, a unit or the chunk or part of it that its option has, as summed
+            over all ranks and at a loss scale of 1; None: no limit. Taking the norm waits for the stream on an accelerator.
         world_size: N, by which local norms are smaller than that of the sum (by its root).
         reversible: keep the memory of before the step until `commit` or `rollback`, at twice the size, for whoever skips steps.
 

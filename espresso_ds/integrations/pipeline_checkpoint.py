@@ -69,10 +69,12 @@ class Checkpoints:
 
     def _saving(self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         folder = Path(save_dir) / str(f"global_step{self._engine.global_steps}" if tag is None else tag)
+        dist.barrier(group=self._group)  # who is here has taken all that was sent to it, so nothing waits in any channel
         with self._alike():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.save(self._memory.state_dict(), folder / _MEMORY.format(dist.get_rank()))
+                write_rule(folder, self._settings)
             except (OSError, RuntimeError) as error:
                 raise FileError(f"{folder}: cannot write what boundaries remember: {error}") from None
         return self._save(save_dir, tag, *args, **kwargs)
@@ -170,6 +172,12 @@ def _forward(settings: PipelineSettings) -> object:
     return shared, {boundary: ways.of_boundary(settings, boundary).forward for boundary in settings.boundaries}
 
 
+def write_rule(folder: Path, settings: PipelineSettings) -> None:
+    """Put the rule beside the weights, on rank 0. A checkpoint has it before DeepSpeed's files: what fails stops all ranks."""
+    if dist.get_rank() == 0:
+        write_json(folder / RULE, settings.model_dump(mode="json", exclude_none=True))
+
+
 def carry_rule(module: Any, settings: PipelineSettings | None) -> None:
     """Let a PipelineModule's weights carry the rule they were trained with, in checkpoints and in exports, and tell when it loads
     others; with None, for boundaries that are not compressed, the latter alone."""
@@ -178,8 +186,8 @@ def carry_rule(module: Any, settings: PipelineSettings | None) -> None:
     @functools.wraps(save)
     def saving(save_dir: str, *args: Any, **kwargs: Any) -> None:
         save(save_dir, *args, **kwargs)
-        if settings is not None and dist.get_rank() == 0:
-            write_json(Path(save_dir) / RULE, settings.model_dump(mode="json", exclude_none=True))
+        if settings is not None:
+            write_rule(Path(save_dir), settings)
 
     @functools.wraps(load)
     def loading(load_dir: str, *args: Any, **kwargs: Any) -> None:

@@ -69,8 +69,7 @@ def make_plan(
     trace = in_wire_order(trace)
     costs = Costs(cluster, compressors, trace.wire_dtype)
     menu = make_menu(trace, costs, constraints)
-    exact = [index for index, tensor in enumerate(trace.tensors) if is_exact(tensor.name, constraints.exact)]
-    limits = Limits(trace, menu, exact, constraints.residual_bytes, error_budget)
+    limits = limits_of(trace, menu, constraints, error_budget)
     plain = best_uncompressed(trace, menu)
     units, bound_s = plain, 0.0
     if search is not None:
@@ -85,7 +84,7 @@ def make_plan(
         planned_s=planned_s,
         uncompressed_bytes=_sent_bytes(plain, costs),
         planned_bytes=_sent_bytes(units, costs),
-        lower_bound_s=bound_s or lower_bound(trace, menu, planned_s, exact).seconds,
+        lower_bound_s=bound_s or lower_bound(trace, menu, planned_s, limits.exact).seconds,
         free_compression_s=free_compression_s(trace, menu, limits, planned_s),
     )
     why = [(0.0, "uncompressed, as asked")] * len(units) if uncompressed else reasons(units, trace, menu, limits)
@@ -159,6 +158,12 @@ def make_menu(trace: ModelTrace, costs: Costs, constraints: Constraints = NO_CON
             f"measure it with `{ClusterProfile.MADE_BY}`"
         )
     return Menu(tuple(choices), costs)
+
+
+def limits_of(trace: ModelTrace, menu: Menu, constraints: Constraints, error_budget: float | None) -> Limits:
+    """What the constraints leave of the menu for each tensor and for all together; the trace is in the order of the wire."""
+    exact = [index for index, tensor in enumerate(trace.tensors) if is_exact(tensor.name, constraints.exact)]
+    return Limits(trace, menu, exact, constraints.residual_bytes, error_budget)
 
 
 def _worthwhile(

@@ -15,6 +15,7 @@ from ..core.errors import FileError
 from ..core.option import Level, Task
 from ..core.people import people_bit_per_s, people_seconds
 from ..core.profile import ClusterProfile, RoutineCost
+from .pictures import check_picture
 
 _COLOURS = {
     Task.ALLREDUCE: "#c0392b",
@@ -60,15 +61,6 @@ def panels(profile: ClusterProfile) -> dict[str, list[Series]]:
         if panel in found:
             found[panel].append(Series(f"MPI {raw.operation}", colour, raw.nbytes, raw.seconds, raw.spread, None))
     return found
-
-
-def check_picture(path: str | Path) -> None:
-    """Raise FileError if the suffix is that of no picture format, or there is no directory for it."""
-    formats = Figure().canvas.get_supported_filetypes()
-    if Path(path).suffix.lstrip(".") not in formats:
-        raise FileError(f"{path}: the suffix says no picture format; use one of {', '.join(sorted(formats))}")
-    if not Path(path).absolute().parent.is_dir():
-        raise FileError(f"{path}: its directory does not exist; make it first")
 
 
 def draw_fit(profile: ClusterProfile, path: str | Path) -> None:

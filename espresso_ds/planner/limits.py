@@ -70,6 +70,14 @@ class Limits:
             choices, tuple(c for c in range(len(self._used)) if c == _FREE or self._fits(others, [(unit.numel, c)]))
         )
 
+    def allow(self, trials: Trials, place: int, choice: int) -> bool:
+        """Whether the unit at a place may have this choice."""
+        return len(self.allowed(trials, place, np.array([choice], dtype=np.int32))) > 0
+
+    def allow_all(self, units: Sequence[Unit]) -> bool:
+        """Whether a whole plan keeps to the limits."""
+        return not any(unit.option.compresses and self.is_exact(unit) for unit in units) and self._fits(units, [])
+
     def allow_merged(self, trials: Trials, left: int, right: int, choice: int) -> bool:
         """Whether two neighbours may travel as one unit with this choice."""
         if not self._lossy[choice]:

@@ -19,6 +19,7 @@ from ..core.option import UNCOMPRESSED, Option
 from ..core.plan import Plan, TensorDecision
 from .cost import LINKS, Resource
 from .measured import COPIES
+from .pictures import check_picture
 from .timeline import Span, Timeline
 
 _COLOURS = {
@@ -61,11 +62,7 @@ def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
     Raises:
         FileError: the suffix is that of no picture format, or there is no directory for it.
     """
-    formats = Figure().canvas.get_supported_filetypes()
-    if Path(path).suffix.lstrip(".") not in formats:
-        raise FileError(f"{path}: the suffix says no picture format; use one of {', '.join(sorted(formats))}")
-    if not Path(path).absolute().parent.is_dir():
-        raise FileError(f"{path}: its directory does not exist; make it first")
+    check_picture(path)
     with matplotlib.rc_context({"font.size": 10, "svg.fonttype": "none"}):
         shown = {
             title: [row for row in Resource if any(s.resource is row for s in line.spans)] for title, line in timelines.items()

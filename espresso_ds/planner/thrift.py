@@ -43,7 +43,9 @@ def _whole(units: Sequence[Unit], trace: ModelTrace, menu: Menu, limits: Limits,
     while offers := sorted(_offers(trials, menu, limits, limit_s)):
         changed: set[int] = set()
         for _, place, choice in offers:
-            if place not in changed and trials.time_with(place, choice, limit_s) <= limit_s:
+            if place in changed or not limits.allow(trials, place, choice):  # what was changed since may have used them up
+                continue
+            if trials.time_with(place, choice, limit_s) <= limit_s:
                 trials.replace(place, choice)
                 changed.add(place)
     return trials.units

@@ -57,14 +57,7 @@ def allowed(options: Iterable[Option], constraints: Constraints, nodes: int, ran
         FileError: a constraint names what does not exist, or leaves no option.
     """
     flat_only = constraints.flat_only or nodes == 1 or ranks_per_node == 1
-    words = {str(word) for word in (*Task, *Device, *Level)}
-    for word in constraints.forbid:
-        try:
-            known = str(Action.parse(word)) == word if "." in word else word in words
-        except FileError:
-            known = False
-        if not known:
-            raise FileError(f"constraints: forbid has {word!r}, which is no action, task or place{nearest(word, words)}")
+    check_forbidden(constraints)
     banned = set(constraints.forbid)
     most = constraints.max_compressions
     left = tuple(
@@ -79,6 +72,18 @@ def allowed(options: Iterable[Option], constraints: Constraints, nodes: int, ran
             f"constraints: forbid {list(constraints.forbid)} leaves no way to send a tensor uncompressed; remove one of them"
         )
     return left
+
+
+def check_forbidden(constraints: Constraints) -> None:
+    """Raise FileError where `forbid` names what does not exist."""
+    words = {str(word) for word in (*Task, *Device, *Level)}
+    for word in constraints.forbid:
+        try:
+            known = str(Action.parse(word)) == word if "." in word else word in words
+        except FileError:
+            known = False
+        if not known:
+            raise FileError(f"constraints: forbid has {word!r}, which is no action, task or place{nearest(word, words)}")
 
 
 def is_exact(name: str, patterns: Sequence[str]) -> bool:

@@ -85,6 +85,9 @@ def what_if(
         FileError: there is no value or one that is not positive, target or worth is not between 0 and 1, or the profile cannot be
             rescaled; and whatever `plan_for` raises.
     """
+    for name, share in (("target", target), ("worth", worth)):
+        if not 0 < share < 1:
+            raise FileError(f"what-if: {name} is {share!r}; give a share between 0 and 1")
     if axis == "bandwidth" and cluster.nodes == 1:
         raise FileError(
             f"the cluster profile is of one node, {cluster.hosts[0]}, and no bandwidth between nodes matters to it; "

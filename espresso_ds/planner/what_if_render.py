@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..core.people import people_bit_per_s
 from ..core.plan import Prediction
+from .pictures import check_picture
 from .what_if import Point, WhatIf
 
 _LINES = (  # field of Prediction, label, colour, line style
@@ -46,7 +47,11 @@ def table(found: WhatIf) -> RenderableType:
 
 
 def draw(found: WhatIf, path: str | Path) -> None:
-    """Write a picture: step times above, speed-ups over DeepSpeed below; the suffix of `path` says the format."""
+    """Write a picture: step times above, speed-ups over DeepSpeed below; the suffix of `path` says the format.
+
+    Raises FileError as `check_picture` does.
+    """
+    check_picture(path)
     rates = [point.inter_bit_per_s for point in found.points if point.inter_bit_per_s is not None]
     absolute = found.axis == "bandwidth" and len(rates) == len(found.points)
     if found.axis == "nodes":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import warnings
 from datetime import timedelta
 
 import torch
@@ -27,7 +28,8 @@ from .parcel import HEADER, Message, Receiver, Sender, Way
 
 AHEAD = 4
 """Messages that may wait on each side."""
-_CLOSE_S = 5.0
+_CLOSE_S, _STUCK_S = 5.0, 20.0
+"""How long the end of a channel waits: for what the other side still says, and for it to take one message."""
 _IDLE = timedelta(days=365)
 """Between two steps there may be any time; whoever waits for a message has a deadline of its own."""
 
@@ -93,13 +95,20 @@ class Outgoing:
             self._raise("a message failed")
 
     def close(self) -> None:
-        """Tell the other side that nothing follows, and end the thread once all is sent."""
-        if self._thread.is_alive():
+        """Tell the other side that nothing follows, and end the thread once all is sent; warn where it takes no more."""
+        ended = False
+        while self._thread.is_alive():
+            sent = self.sender.sent
             try:
-                self._queue.put(None, timeout=_CLOSE_S)
+                if not ended:
+                    self._queue.put(None, timeout=_STUCK_S)
+                    ended = True
+                self._thread.join(_STUCK_S)
             except queue.Full:
+                pass
+            if self._thread.is_alive() and self.sender.sent == sent:
+                warnings.warn(f"{self._way.label}: the other stage takes no more; the last messages are lost", stacklevel=2)
                 return
-            self._thread.join(_CLOSE_S)
 
     def _raise(self, what: str) -> None:
         cause = self._fault or f"the other stage has taken none for {self._timeout_s:g} s"

@@ -160,7 +160,8 @@ class Executor:
 
     def keeps_scale(self, unit: Unit) -> bool:
         """Whether the sum of gradients half as large would be half the sum, but for rounding. Not where only signs are sent."""
-        return unit.index in self._low_rank or _keeps_scale(self._compressors[unit.index].codec)
+        known = self._compressors.get(unit.index)  # PowerSGD's units are not among them
+        return known is None or _keeps_scale(known.codec)
 
     def lanes_of(self, unit: Unit) -> int:
         """Number of the lane on which the unit's next step ends."""

@@ -106,7 +106,6 @@ class LowRank:
         self._label, self._option, self._memory, self._seed = label, option, memory, seed
         self._groups, self._offload = (groups[0, Level.FLAT], groups[1, Level.FLAT]), offload
         self._turn: Turn
-        self._finite = False
 
     def run(self, x: Tensor, done: Callable[[int, int, int], object] = lambda lane, action, start_ns: None) -> Steps:
         """Sum the unit over all ranks, in place; yields each of the two allreduces once it has started.
@@ -157,8 +156,7 @@ class LowRank:
     def _sum_right(self, x: Tensor) -> Started:
         started = self._allreduce(self.factors.right, self._groups[1])
         left, own = self.factors.left, self.factors.own
-        self._finite = is_finite(left) and is_finite(own)
-        if self._finite and self._turn.error_left is not None:
+        if self._turn.error_left is not None and is_finite(left) and is_finite(own):
             self._turn.error_left.copy_(self.layout.residual(self._matrices(x), left, own))
         return started
 
@@ -167,7 +165,7 @@ class LowRank:
         self.layout.decode(factors.left, factors.right, m)
         if m is not x:
             self._offload.put(x, m)
-        if self._finite:
+        if is_finite(factors.left) and is_finite(factors.right):  # sums: bases stay alike on all ranks
             self.layout.renew(self._turn.basis, factors.right)
             self._turn.basis_left.copy_(factors.right)
         else:
