@@ -11,9 +11,11 @@ import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from any_cpu import allow_fp16
@@ -307,10 +309,17 @@ def _guard_of(plan_arguments, block):
 
 
 def without_block():
-    """A block that is switched off, and no block: the engine is DeepSpeed's own."""
+    """No block, one that is switched off, and a launcher's plan whose block is: the engine is DeepSpeed's own."""
     plain = engine_for(ds_config())
     off = engine_for({**ds_config(), "espresso": {"enabled": False}})
-    return ["buffered_allreduce_fallback" in vars(engine) or hasattr(engine, "espresso") for engine in (plain, off)]
+    plan = plan_for(plain.module, timing_config(plain), **shape())
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        path = Path(folder) / "plan.json"
+        path.write_text(json.dumps(with_plan(ds_config(), plan, enabled=False)))
+        patched.setenv("ESPRESSO_CONFIG", str(path))
+        launched = engine_for(ds_config())
+    engines = (plain, off, launched)
+    return ["buffered_allreduce_fallback" in vars(engine) or hasattr(engine, "espresso") for engine in engines]
 
 
 def failures():
@@ -338,6 +347,7 @@ def failures():
         "world size": with_plan(ds_config(), plan(nodes=1, ranks=world + 1)),
         "config": with_plan(ds_config(train_micro_batch_size_per_gpu=8), good),
         "pipeline": with_plan(ds_config(), good, pipeline={}),
+        "unmanaged": with_plan(ds_config(managed_gradient_accumulation=False), good),
         "zero": with_plan(ds_config(zero_optimization={"stage": 1}), good),
         "missing tensor": edited({"tensors": tensors[1:]}),
         "extra tensor": edited({"tensors": (*tensors, ghost)}),
@@ -394,7 +404,37 @@ def refire():
         engine.espresso.detach()
 
 
-CASES = (equality, compressed, low_rank, overflow, two_codecs, guarded, guard_switches, without_block, failures, refire, alone)
+def other_parameters():
+    """Messages where, after the start, what was frozen is trained or the other way round."""
+    messages = []
+    for trains in (True, False):
+        engine = planned_engine(ds_config(), {})
+        param = next(p for p in engine.module.parameters() if p.requires_grad != trains)
+        try:
+            param.requires_grad_(trains)
+            train(engine, steps=1)
+            messages.append("no error")
+        except EspressoError as error:
+            messages.append(str(error))
+        finally:
+            engine.espresso.detach()
+    return messages
+
+
+CASES = (
+    equality,
+    compressed,
+    low_rank,
+    overflow,
+    two_codecs,
+    guarded,
+    guard_switches,
+    without_block,
+    failures,
+    other_parameters,
+    refire,
+    alone,
+)
 
 
 def main():

@@ -169,6 +169,17 @@ def resumed(stages, folder, block):
     return {"whole": whole, "after": after, "forgotten": forgotten}
 
 
+def swap(folder):
+    """Give ranks 0 and 1 each other's memory."""
+    one, other = (next(folder.glob(f"*/espresso_pipeline_rank{rank}.pt")) for rank in range(2))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        away = one.rename(one.with_suffix(".away"))
+        other.rename(one)
+        away.rename(other)
+    dist.barrier()
+
+
 def failure(stages, **case):
     """The message with which a case stops, at start if not told otherwise."""
     try:
@@ -250,6 +261,9 @@ def main():
         "plan of the launcher": failure_with_plan(stages, block=both),
         "ranks differ": failure(stages, block={"forward": {**BITS, "bits": 8 - (dist.get_rank() > 0)}}),
     }
+    swap(folder / "checkpoint")
+    told["failures"]["another rank's memory"] = failure(stages, load=folder / "checkpoint", block=remembering)
+    swap(folder / "checkpoint")
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(told))
     dist.barrier()
     os._exit(0)  # gloo's threads may abort the interpreter's end

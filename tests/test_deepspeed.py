@@ -16,6 +16,7 @@ EXPECTED_FAILURES = {
     "world size": "was made for 1 hosts x",
     "config": "train_micro_batch_size_per_gpu = 4, this run has 8",
     "pipeline": '"pipeline" in the "espresso" block next to a plan',
+    "unmanaged": 'remove "managed_gradient_accumulation"',
     "zero": "ZeRO stage 1",
     "missing tensor": "has no decision for 'last.bias'",
     "extra tensor": "decides for 'ghost'",
@@ -128,7 +129,7 @@ def test_how_the_guard_is_switched_off(told):
 
 
 def test_nothing_is_attached_without_a_plan(told):
-    assert all(rank["without_block"] == [False, False] for rank in told)
+    assert all(rank["without_block"] == [False, False, False] for rank in told)
 
 
 @pytest.mark.parametrize("case", EXPECTED_FAILURES)
@@ -136,6 +137,12 @@ def test_what_does_not_fit_stops_every_rank_alike(told, case):
     messages = {rank["failures"][case] for rank in told}
     assert len(messages) == 1
     assert EXPECTED_FAILURES[case] in messages.pop()
+
+
+def test_parameters_that_are_frozen_or_unfrozen_later_stop_the_run(told):
+    for rank in told:
+        unfrozen, frozen = rank["other_parameters"]
+        assert "was unfrozen after deepspeed.initialize" in unfrozen and "was frozen after deepspeed.initialize" in frozen
 
 
 def test_a_rank_alone_with_its_plan_stops_and_names_the_others(told):

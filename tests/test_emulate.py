@@ -256,6 +256,14 @@ def test_a_forbidden_user_namespace_is_named_with_its_cure():
     assert done.returncode == 3 and "sudo sysctl user.max_user_namespaces" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_the_bucket_of_a_link_may_be_chosen():
+    show = ["sh", "-c", "PATH=$PATH:/usr/sbin:/sbin tc qdisc show dev eth0"]
+    done = emulate("--rate", "100mbit", "--", *show, env={**os.environ, "EMULATE_BURST": "16000"})
+    burst = re.search(r"burst (\d+)b", done.stdout)
+    assert burst is not None, done.stdout + done.stderr
+    assert int(burst[1]) == pytest.approx(16000, rel=0.01)  # the kernel counts in ticks
+
+
 def test_a_missing_program_is_named_with_its_package():
     code = "import emulate_hosts as h; h.TOOLS_PATH = '/nowhere'; h.tool('tc')"
     done = subprocess.run([sys.executable, "-c", code], cwd=EMULATE.parent, capture_output=True, text=True, timeout=LIMIT_S)

@@ -175,14 +175,16 @@ print("commands", json.dumps(told))
 def test_every_launcher_of_deepspeed_carries_the_plan(plan, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=2\nb slots=2\n")
+    (tmp_path / ".deepspeed_env").write_text("ESPRESSO_GUARD=0\n")
     note = "run-{rank}, $HOME's.json"
     done = run([sys.executable, "-c", BUILD_COMMANDS, hosts, plan, json.dumps(LAUNCHERS)], cwd=tmp_path, ESPRESSO_NOTE=note)
     assert done.returncode == 0, done.stdout[-4000:]
     commands = json.loads(re.search(r"commands (.*)", done.stdout)[1])
     assert set(commands) == set(LAUNCHERS)
     for name, (words, env) in commands.items():
+        assert re.search(r"ESPRESSO_GUARD[= ]0([ ;]|$)", " ".join(words)), f"{name}: {words}"
         if name == "slurm":  # which splits values at commas, and brings the environment
-            assert any(word.startswith("--export=ALL") for word in words) and "ESPRESSO" not in " ".join(words)
+            assert any(word.startswith("--export=ALL") for word in words) and "ESPRESSO_PLAN" not in " ".join(words)
             words = [f"{variable}={value}" for variable, value in env.items()]
         text = re.search(r"ESPRESSO_PLAN_0[= ]([\w-]+)", " ".join(words))
         assert text, f"{name}: {words}"

@@ -134,6 +134,7 @@ SHARED = {
     "one is stale, the launcher tells": "rank 0: plan; rank 1: plan, sent by rank 0",
     "one is torn": "FileError: rank 1: plan: this plan is torn or not JSON",
     "damaged on the way": "FileError: rank 1: ESPRESSO_PLAN_0: the plan was damaged on its way to this rank",
+    "garbled on the way": "FileError: rank 1: ESPRESSO_PLAN_0: the plan was damaged on its way to this rank",
     "replaced on the way": "FileError: rank 1: plan: a plan of hash * reached this rank, not that of hash *",
 }
 

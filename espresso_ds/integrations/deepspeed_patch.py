@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -85,11 +86,16 @@ def _export_ours(launcher: ModuleType) -> None:
 
     @functools.wraps(original)
     def add_export(self: Any, key: str, value: str) -> None:
+        key, value = key.strip(), value.rstrip("\r\n")  # lines of .deepspeed_env come whole
         if not key.startswith(ENV_PREFIX):
             original(self, key, value)
         elif self.name == "pdsh":
             self.exports[key] = shlex.quote(value).replace("%", "%%")  # pdsh replaces %h, %n and the like by the host's
-        elif self.name != "slurm":  # srun --export=ALL,... brings the whole environment, and would split a value at its commas
+        elif self.name != "slurm":
+            self.exports[key] = value
+        elif os.environ.get(key) != value:  # what is in the environment comes with srun --export=ALL,KEY=VALUE,...
+            if "," in value:
+                sys.exit(f"espresso: srun would split {key}={value} of .deepspeed_env at its comma; set it in the environment")
             self.exports[key] = value
 
     runner.add_export = add_export

@@ -182,6 +182,7 @@ class Attachment:
         self._rank, self._device = dist.get_rank(), device.type
         self._trace_path = trace_path
         self._engine = engine
+        self._trained = [(name, param, param.requires_grad) for name, param in engine.module.named_parameters()]
         self._synchronises = synchronises or self._at_boundary
         self._hooks = [
             param.register_post_accumulate_grad_hook(functools.partial(self._ready, name))  # after the optimizer's own
@@ -247,10 +248,21 @@ class Attachment:
             raise UnsupportedError(
                 "buffered_allreduce_fallback was called with gradients of its own; a plan holds for the model's gradients only"
             )
+        self._check_trained()
         if self.guarding is None:
             self.synchroniser.flush()
         else:
             self.guarding.flush()
+
+    def _check_trained(self) -> None:
+        """Raise UnsupportedError where other parameters are trained than at start, for which the plan has decided."""
+        for name, param, was in self._trained:
+            if param.requires_grad != was:
+                raise UnsupportedError(
+                    f"{name} was {'frozen' if was else 'unfrozen'} after deepspeed.initialize, and the plan is for what was "
+                    "trained then: set requires_grad before, and plan for that (`espresso prepare`), or run without the plan "
+                    "(ESPRESSO_DISABLE=1)"
+                )
 
 
 def scaling_of(engine: Any) -> Scaling:

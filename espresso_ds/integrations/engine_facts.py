@@ -86,6 +86,11 @@ def check_supported(engine: Any, stages: int = 1) -> None:
             "leave it to DeepSpeed",
         ),
         (
+            not getattr(engine, "managed_gradient_accumulation", lambda: True)(),  # older DeepSpeeds always manage it
+            "gradient accumulation that DeepSpeed does not manage",
+            'remove "managed_gradient_accumulation"',
+        ),
+        (
             any(getattr(m, "sparse", False) for m in engine.module.modules()),
             "sparse embedding gradients",
             "build nn.Embedding with sparse=False",

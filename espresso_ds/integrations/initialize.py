@@ -44,8 +44,7 @@ def initialize_with_plan(initialize: Callable[..., Any], args: tuple, kwargs: Ma
         call.arguments["config"] = dict(source.ds_config)
     result = initialize(*call.args, **call.kwargs)
     if _disabled(config if source is None else source.ds_config):
-        print("espresso: disabled by the user: DeepSpeed runs as if there were no plan", file=sys.stderr, flush=True)
-        return result
+        return _without_plan(result)
     if config is not None and isinstance(config.get(BLOCK), dict) and config[BLOCK].get("pipeline") is not None:
         from .pipeline import attach_pipeline
 
@@ -54,6 +53,8 @@ def initialize_with_plan(initialize: Callable[..., Any], args: tuple, kwargs: Ma
     fault: EspressoError | None = None
     if config is not None:
         source = find_plan(config, where)
+        if not source.block.enabled:
+            return _without_plan(result)
         try:
             plan_source.check_against_config(source, config, where)
         except EspressoError as error:
@@ -112,6 +113,11 @@ def find_plan(config: dict[str, Any] | None, where: str) -> Source:
     if config is None:  # ranks may come late: no collective call of DeepSpeed was before this one
         return share(own, fault, default_pg_timeout.total_seconds())
     return share(own, fault, own.block.timeout_s if isinstance(own, Source) else MEETING_S)
+
+
+def _without_plan(result: Any) -> Any:
+    print("espresso: disabled by the user: DeepSpeed runs as if there were no plan", file=sys.stderr, flush=True)
+    return result
 
 
 def _disabled(config: dict[str, Any] | None) -> bool:

@@ -263,6 +263,11 @@ def check_boundaries(engine: Any) -> None:
     for present, what, fix in faults:
         if present:
             raise UnsupportedError(f"{what}: this cannot be done yet; {fix}")
+    from deepspeed.runtime.pipe.schedule import TrainSchedule
+
+    kind = type(engine._train_schedule())
+    if kind is not TrainSchedule:
+        raise UnsupportedError(f"boundaries cannot be compressed under {kind.__name__} yet; train with TrainSchedule (1F1B)")
 
 
 def _channels(engine: Any, ways: Ways, timeout_s: float) -> dict[tuple[int, Direction], Any]:

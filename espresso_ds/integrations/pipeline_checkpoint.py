@@ -8,6 +8,7 @@ checkpoint the latest one. The settings go with the weights, also where `save_st
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ..core.config import CompressorSettings, PipelineSettings
-from ..core.errors import EspressoError, FileError
+from ..core.errors import EspressoError, FileError, MismatchError
 from ..core.record import load_json, write_json
 from ..runtime import ways
 from ..runtime.agree import Agreement
@@ -73,7 +74,7 @@ class Checkpoints:
         with self._alike():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                torch.save(self._memory.state_dict(), folder / _MEMORY.format(dist.get_rank()))
+                torch.save({"of": self._place(), **self._memory.state_dict()}, folder / _MEMORY.format(dist.get_rank()))
                 write_rule(folder, self._settings)
             except (OSError, RuntimeError) as error:
                 raise FileError(f"{folder}: cannot write what boundaries remember: {error}") from None
@@ -84,7 +85,8 @@ class Checkpoints:
         if result[0] is None:
             return result
         folder = Path(result[0]).parent
-        whole = not kwargs.get("load_module_only") and kwargs.get("load_optimizer_states", True)
+        asked = inspect.signature(self._load).bind(load_dir, *args, **kwargs).arguments
+        whole = not asked.get("load_module_only") and asked.get("load_optimizer_states", True)
         path = folder / _MEMORY.format(dist.get_rank())
         told = [False] * dist.get_world_size()
         dist.all_gather_object(told, path.exists(), group=self._group)
@@ -98,8 +100,19 @@ class Checkpoints:
                 raise FileError(
                     f"{path}: no such memory of boundaries, though other ranks have theirs; copy all files of the folder"
                 )
-            self._memory.load_state_dict(torch.load(path, weights_only=True))
+            state = torch.load(path, weights_only=True)
+            if (of := state.pop("of", "another version of espresso_ds")) != (here := self._place()):
+                raise MismatchError(
+                    f"{path} is of {of}, this is {here}, which has other things to remember; train with as many stages and "
+                    "replicas as before, or delete the espresso_pipeline_rank*.pt of the folder to start without memory"
+                )
+            self._memory.load_state_dict(state)
         return result
+
+    def _place(self) -> str:
+        engine = self._engine
+        replica = engine.grid.get_data_parallel_id()
+        return f"stage {engine.stage_id} of {engine.num_stages}, replica {replica} of {engine.dp_world_size}"
 
     @contextmanager
     def _alike(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import os
 import socket
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +29,13 @@ from .tracing import WARM_UP, Tracing
 @dataclass
 class _Seen:
     """What one rank saw: seconds of passes and of what follows them by step, seconds until gradients were ready in last backward
-    passes, elements of tensors that left."""
+    passes and how often each became so in a pass, elements of tensors that left."""
 
     forward_s: list[list[float]] = field(default_factory=list)
     backward_s: list[list[float]] = field(default_factory=list)
     after_s: list[float] = field(default_factory=list)
     ready_s: list[dict[str, float]] = field(default_factory=list)
+    firings: dict[str, int] = field(default_factory=dict)
     numel: dict[str, tuple[int, ...]] = field(default_factory=dict)
     element_bytes: int = 4
     examples: int = 1
@@ -53,6 +55,7 @@ class _PipelineTracer:
         self._parameters = untied(engine)
         self._seen, self._backward_begun = _Seen(), 0.0
         self._ready: dict[str, float] = {}
+        self._fired: Counter[str] = Counter()
         for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(functools.partial(self._is_ready, name))
         given = engine._INSTRUCTION_MAP
@@ -96,6 +99,7 @@ class _PipelineTracer:
     def _timed(self, original: Callable[..., None], into: list[list[float]]) -> Callable[..., None]:
         @functools.wraps(original)
         def instruction(engine: Any, *args: Any, **kwargs: Any) -> None:
+            self._fired.clear()
             start = self._backward_begun = time.perf_counter()
             original(engine, *args, **kwargs)
             if torch.is_grad_enabled():
@@ -121,6 +125,8 @@ class _PipelineTracer:
 
     def _is_ready(self, name: str, _: torch.nn.Parameter) -> None:
         self._ready[name] = time.perf_counter() - self._backward_begun  # the last micro-batch's stays
+        self._fired[name] += 1
+        self._seen.firings[name] = max(self._seen.firings.get(name, 1), self._fired[name])
 
     def _trace(self, ranks: list[tuple[int, str, _Seen, list[tuple[str, tuple[int, ...], str]]]]) -> ModelTrace:
         engine = self._engine
@@ -180,7 +186,8 @@ def _tensors(seen: list[_Seen], parameters: list[tuple[str, tuple[int, ...], str
         by_step = zip(*(each.ready_s[WARM_UP:] for each in seen), strict=True)
         ready_s = min(backward_s, statistics.median(max(ready.get(name, 0.0) for ready in step) for step in by_step))
         numel = torch.Size(shape).numel()
-        found.append(TracedTensor(name=name, shape=shape, dtype=dtype, numel=numel, ready_s=ready_s))
+        firings = max(each.firings.get(name, 1) for each in seen)
+        found.append(TracedTensor(name=name, shape=shape, dtype=dtype, numel=numel, ready_s=ready_s, firings=firings))
     return found
 
 

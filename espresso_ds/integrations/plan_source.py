@@ -13,6 +13,7 @@ import base64
 import gzip
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -100,15 +101,17 @@ def from_env() -> Source | Absent | None:
     if text := "".join(os.environ[name] for name in _part_names()):
         try:
             config = json.loads(gzip.decompress(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))))
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             raise FileError(
                 f"{PART_ENV.format(0)}: the plan was damaged on its way to this rank ({error}); launch again"
             ) from None
         return sent(config, path or PART_ENV.format(0))
     if not path:
         return Absent(f"{PATH_ENV} is not set")
-    if not Path(path).exists():
-        return Absent("no such file")
+    try:
+        Path(path).stat()
+    except OSError as error:
+        return Absent(error.strerror or "no such file")
     config, block, plan = load_plan_file(path)
     found = fingerprint(config)
     if expected and expected != found:

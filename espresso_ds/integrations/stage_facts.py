@@ -47,7 +47,6 @@ def check_staged(engine: Any, plan: Plan, where: str) -> None:
     ):
         if made != here:
             raise MismatchError(f"{where} was made for {made} {what}, this run has {here}; {MEND}")
-    _check_schedule(engine)
     if plan.tensors:
         _check_gradients(engine, decided, where)
 
@@ -55,14 +54,6 @@ def check_staged(engine: Any, plan: Plan, where: str) -> None:
 def _replicas(plan: Plan, decided: PipelineDecision) -> int | str:
     replicas, left = divmod(plan.made_for.world_size, decided.stages)
     return f"{plan.made_for.world_size}/{decided.stages}" if left else replicas
-
-
-def _check_schedule(engine: Any) -> None:
-    from deepspeed.runtime.pipe.schedule import TrainSchedule
-
-    kind = type(engine._train_schedule())
-    if kind is not TrainSchedule:
-        raise UnsupportedError(f"a plan cannot be kept under {kind.__name__} yet; train with DeepSpeed's TrainSchedule (1F1B)")
 
 
 def _check_gradients(engine: Any, decided: PipelineDecision, where: str) -> None:

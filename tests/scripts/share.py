@@ -33,6 +33,8 @@ def without_plan(variables):
 
 launched, other = sent(GOOD), sent(OTHER)
 damaged = {**launched, "ESPRESSO_PLAN_0": launched["ESPRESSO_PLAN_0"][:-80]}
+text = launched["ESPRESSO_PLAN_0"]
+garbled = {**launched, "ESPRESSO_PLAN_0": text[:100] + text[100:200][::-1] + text[200:]}
 replaced = {**launched, "ESPRESSO_PLAN_0": other["ESPRESSO_PLAN_0"]}
 # what each of the two ranks has on its disk, and in its environment
 CASES = {
@@ -45,6 +47,7 @@ CASES = {
     "one is stale, the launcher tells": [(GOOD, without_plan(launched)), (OTHER, without_plan(launched))],
     "one is torn": [(GOOD, {}), (TORN, {})],
     "damaged on the way": [(None, launched), (None, damaged)],
+    "garbled on the way": [(None, launched), (None, garbled)],
     "replaced on the way": [(None, launched), (None, replaced)],
 }
 
