@@ -110,8 +110,10 @@ def from_env() -> Source | Absent | None:
         return Absent(f"{PATH_ENV} is not set")
     try:
         Path(path).stat()
+    except FileNotFoundError:
+        return Absent("no such file")
     except OSError as error:
-        return Absent(error.strerror or "no such file")
+        return Absent(str(error))
     config, block, plan = load_plan_file(path)
     found = fingerprint(config)
     if expected and expected != found:
