@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from planner_cases import cluster_of, codecs_of, nested_cluster_of, trace_of
 
-from espresso_ds.core.config import Constraints
-from espresso_ds.core.errors import EspressoError
+from espresso_ds.core.config import Constraints, EspressoBlock
+from espresso_ds.core.errors import EspressoError, FileError
 from espresso_ds.core.option import Level, Option
 from espresso_ds.core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from espresso_ds.planner.build import make_plan
@@ -187,6 +187,12 @@ def test_faults_are_named(name, path, new, message):
     assert isinstance(result, EspressoError), result
     check(result)
     assert re.search(message, str(result)), str(result)
+
+
+def test_an_unknown_key_below_a_key_of_ones_own_is_named():
+    block = {"pipeline": {"boundaries": {"0": {"forwrad": {"name": "topk"}}}}}
+    with pytest.raises(FileError, match=r"unknown key 'pipeline\.boundaries\.0\.forwrad'; did you mean 'forward'"):
+        EspressoBlock.read(block, "ds.json")
 
 
 def test_milliseconds_beside_seconds_are_noticed():

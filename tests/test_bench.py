@@ -487,6 +487,11 @@ def test_codecs_end_to_end(tmp_path, capsys):
     assert "PLAIN TORCH" in said and "topk density=0.01" in said
 
 
+def test_json_has_standard_output_for_itself(capsys):
+    cli.main(["bench", "codec", "--compressor", "fp16", "--sizes", "4KB", "--trials", "1", "--threads", "1", "--json", "-"])
+    assert json.loads(capsys.readouterr().out)["codecs"]
+
+
 def kernels_of(*names):
     found = bench_codec.bench_codecs([CompressorSettings(name=name) for name in names], [64], "cpu", 1, 1, silent)
     return [set(each.kernels.values()) for each in found.codecs]

@@ -240,11 +240,25 @@ def test_a_script_that_fails_after_its_trace_was_written_has_a_trace(tmp_path, m
 def test_trace_of_a_hugging_face_model(tmp_path):
     config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 100, "n_positions": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [ESPRESSO, "trace", "--hf-model", "config.json", "--batch", 2, "--sequence", 16, "--steps", 3, "--ranks", 4]
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    command = [
+        ESPRESSO,
+        "trace",
+        "--hf-model",
+        "config.json",
+        "--batch",
+        2,
+        "--sequence",
+        16,
+        "--steps",
+        3,
+        "--hostfile",
+        "hosts",
+    ]
     done = run([*command, "-o", "hf.json"], cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     trace = ModelTrace.load(tmp_path / "hf.json")
-    assert trace.world_size == 4
+    assert (trace.world_size, trace.ranks_per_node) == (4, 2)
     assert "transformer.h.1.attn.c_attn.weight" in {tensor.name for tensor in trace.tensors}
     ready = {tensor.name: tensor.ready_s for tensor in trace.tensors}
     assert ready["transformer.h.1.mlp.c_proj.weight"] < ready["transformer.h.0.attn.c_attn.weight"] <= trace.backward_s

@@ -115,9 +115,12 @@ def measure(probes: Sequence[Probe], effort: Effort, agree: Agree, progress: Pro
         _one_pass(cells, agree, part(progress, 0.2 + 0.75 * number / passes, 0.2 + 0.75 * (number + 1) / passes))
     left_s = effort.budget_s / 5
     for number in range(effort.again):
-        restless = [cell for cell in cells if cell.far > cell.again and (left_s := left_s - cell.pass_s) >= 0]
-        for cell in restless:
-            cell.again += 1
+        restless = []
+        for cell in cells:
+            if cell.far > cell.again and cell.pass_s <= left_s:
+                left_s -= cell.pass_s
+                cell.again += 1
+                restless.append(cell)
         _one_pass(restless, agree, part(progress, 0.95 + 0.05 * number / effort.again, 0.95 + 0.05 * (number + 1) / effort.again))
     progress(1.0, "done")
     return [{cell.nbytes: cell.timing for cell in cells if cell.probe is probe} for probe in probes]
