@@ -143,21 +143,10 @@ def test_a_prepare_that_fails_leaves_the_plan_there_is_with_its_profiles(prepare
     shutil.copytree(prepared[0], folder)
     before = {path: path.read_bytes() for path in (folder / "plan.profiles").iterdir()}
     monkeypatch.setattr(prepare, "profile_cluster", failing)
-    given = [f"--{kind}={folder / 'plan.profiles' / f'{kind}.json'}" for kind in ("trace", "compressors")]
+    monkeypatch.chdir(folder)
+    given = [f"--{kind}=plan.profiles/{kind}.json" for kind in ("trace", "compressors")]
     with pytest.raises(SystemExit, match="a host is down"):
-        main(
-            [
-                "prepare",
-                "--ds-config",
-                str(folder / "ds.json"),
-                "--ranks",
-                "2",
-                *given,
-                "-o",
-                str(folder / "plan.json"),
-                "train.py",
-            ]
-        )
+        main(["prepare", "--ds-config", "ds.json", "--ranks", "2", *given, "-o", "plan.json", "train.py"])
     assert {path: path.read_bytes() for path in (folder / "plan.profiles").iterdir()} == before
     assert (folder / "plan.unfinished" / "trace.json").exists() and "plan.unfinished" in capsys.readouterr().err
     assert run([ESPRESSO, "explain", "plan.json"], cwd=folder).returncode == 0
@@ -241,20 +230,8 @@ def test_trace_of_a_hugging_face_model(tmp_path):
     config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 100, "n_positions": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
-    command = [
-        ESPRESSO,
-        "trace",
-        "--hf-model",
-        "config.json",
-        "--batch",
-        2,
-        "--sequence",
-        16,
-        "--steps",
-        3,
-        "--hostfile",
-        "hosts",
-    ]
+    asked = ["--batch", 2, "--sequence", 16, "--steps", 3, "--hostfile", "hosts"]
+    command = [ESPRESSO, "trace", "--hf-model", "config.json", *asked]
     done = run([*command, "-o", "hf.json"], cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     trace = ModelTrace.load(tmp_path / "hf.json")

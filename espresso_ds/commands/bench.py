@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +20,7 @@ from ..core.record import check_output, write_json
 from ..profiler.bench_report import BUS_FACTORS, DTYPES, FAULT, Backend, NetReport, NetSettings, read_report
 from .bench_tables import UNITS, codec_tables, kernels_text, net_tables
 from .console import wide_console
-from .job import JobError, Report, Reporter, run_job
+from .job import JobError, reporter, run_job
 from .launching import add_cluster_arguments, one_of_many, ranks_command
 from .profile import read_codec
 
@@ -102,7 +101,7 @@ def _as_a_rank(settings: NetSettings, path: Path | None) -> NetReport | None:
     """Measure as one of the ranks that mpirun, srun or torchrun has started; the report on rank 0."""
     from ..profiler.bench_net import run_rank  # brings torch
 
-    with _reporter(path) as report:
+    with reporter(silent=str(path) == "-") as report:
         measured, rank = run_rank(settings, report)
     return measured if rank == 0 else None
 
@@ -115,7 +114,7 @@ def _with_ranks(args: argparse.Namespace, settings: NetSettings) -> NetReport:
     log = Path(tempfile.mkdtemp(prefix="espresso-bench-")) / "ranks.log"
     keep = False
     try:
-        with _reporter(args.json) as report:
+        with reporter(silent=str(args.json) == "-") as report:
             run_job(command, log, report, timeout_s=args.timeout)
         with log.open(errors="replace") as lines:
             return read_report(lines)
@@ -140,7 +139,7 @@ def run_codec(args: argparse.Namespace) -> None:
 
     names: Sequence[str] = args.compressor or tuple(CODECS)
     chosen = tuple(dict.fromkeys(resolve(_codec(text, CODECS)) for text in names))
-    with _reporter(args.json) as told:
+    with reporter(silent=str(args.json) == "-") as told:
         report = bench_codecs(chosen, sizes, args.device, args.threads, args.trials, told)
     if str(args.json) != "-":
         console = wide_console(highlight=False)
@@ -224,11 +223,6 @@ def _positive(args: argparse.Namespace, *options: str) -> None:
 def _check_json(path: Path | None) -> None:
     if path is not None and str(path) != "-":
         check_output(path)
-
-
-def _reporter(path: Path | None) -> AbstractContextManager[Report]:
-    """None on standard output where that is the JSON's alone."""
-    return nullcontext(lambda share, what: None) if str(path) == "-" else Reporter()
 
 
 def _write(report: BaseModel, path: Path | None) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -91,6 +92,11 @@ def _end(child: subprocess.Popen[str]) -> None:
                 time.sleep(0.02)
         except ProcessLookupError:
             return
+
+
+def reporter(silent: bool) -> AbstractContextManager[Report]:
+    """A Reporter, or one that says nothing: where standard output is for JSON alone."""
+    return nullcontext(lambda share, what: None) if silent else Reporter()
 
 
 class Reporter:

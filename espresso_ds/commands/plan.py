@@ -16,7 +16,7 @@ from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..core.record import check_output
 from ..planner.build import make_plan
 from ..planner.build_pipeline import make_pipeline_plan
-from .job import Report, Reporter
+from .job import Report, reporter
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -51,12 +51,9 @@ def run(args: argparse.Namespace) -> None:
     block = with_arguments(block, args)
     check_output(args.out)
     profiles = ModelTrace.load(args.trace), ClusterProfile.load(args.cluster), CompressorProfile.load(args.compressors)
-    if args.json:  # standard output is the summary's alone
-        print(json.dumps(summary(write_plan(args, config, block, *profiles, report=lambda share, what: None))))
-        return
-    with Reporter() as report:
+    with reporter(silent=args.json) as report:
         plan = write_plan(args, config, block, *profiles, report=report)
-    print(f"{args.out}: {describe(plan)}")
+    print(json.dumps(summary(plan)) if args.json else f"{args.out}: {describe(plan)}")
 
 
 def run_seal(args: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 from .. import __version__
@@ -16,7 +15,7 @@ from ..core.profile import ClusterProfile, CompressorProfile, ModelTrace
 from ..planner.build import make_plan
 from ..planner.what_if import Axis, doublings, geometric, inter_bit_per_s, what_if
 from .console import wide_console
-from .job import Reporter
+from .job import reporter
 from .prepare import profile_directory
 
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     axis, values = values_of(args, cluster)
     plan_for = planner(trace, compressors, block, flat=args.flat)
     asked = {"model": trace.model, "target": args.target, "worth": args.worth}
-    with nullcontext(_silent) if args.json else Reporter() as report:  # standard output is the JSON's alone
+    with reporter(silent=args.json) as report:
         found = what_if(cluster, axis, values, plan_for, **asked, progress=report)
     if args.json:
         print(found.model_dump_json(indent=1))
@@ -130,7 +129,3 @@ def planner(
         ).predicted
 
     return plan_for
-
-
-def _silent(share: float, what: str) -> None:
-    pass

@@ -28,11 +28,7 @@ class CompressorSettings(Record):
     feedback: FeedbackMode | None = Field(None, description="error memory (default: the codec's own)")
     residual: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the error memory (default: float32)")
     momentum: float = Field(0.9, ge=0, lt=1, description="feedback dgc: momentum, in place of the optimizer's (default: 0.9)")
-    clip: float | None = Field(
-        None,
-        gt=0,
-        description="feedback dgc: most norm of what is compressed at once, over all ranks",
-    )
+    clip: float | None = Field(None, gt=0, description="feedback dgc: most norm of what is compressed at once, over all ranks")
     seed: int = 0
 
     @property

@@ -75,7 +75,7 @@ class Checkpoints:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.save({"of": self._place(), **self._memory.state_dict()}, folder / _MEMORY.format(dist.get_rank()))
-                write_rule(folder, self._settings)
+                _write_rule(folder, self._settings)
             except (OSError, RuntimeError) as error:
                 raise FileError(f"{folder}: cannot write what boundaries remember: {error}") from None
         return self._save(save_dir, tag, *args, **kwargs)
@@ -185,7 +185,7 @@ def _forward(settings: PipelineSettings) -> object:
     return shared, {boundary: ways.of_boundary(settings, boundary).forward for boundary in settings.boundaries}
 
 
-def write_rule(folder: Path, settings: PipelineSettings) -> None:
+def _write_rule(folder: Path, settings: PipelineSettings) -> None:
     """Put the rule beside the weights, on rank 0. A checkpoint has it before DeepSpeed's files: what fails stops all ranks."""
     if dist.get_rank() == 0:
         write_json(folder / RULE, settings.model_dump(mode="json", exclude_none=True))
@@ -200,7 +200,7 @@ def carry_rule(module: Any, settings: PipelineSettings | None) -> None:
     def saving(save_dir: str, *args: Any, **kwargs: Any) -> None:
         save(save_dir, *args, **kwargs)
         if settings is not None:
-            write_rule(Path(save_dir), settings)
+            _write_rule(Path(save_dir), settings)
 
     @functools.wraps(load)
     def loading(load_dir: str, *args: Any, **kwargs: Any) -> None:
